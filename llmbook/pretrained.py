@@ -100,7 +100,7 @@ def read_gguf(
         weights[f"{prefix}{_GGUF_NAMES[kind]}.{suffix}"] = torch.from_numpy(w if w.flags.writeable else w.copy())
     return config, weights
 
-# %% ../nbs/02b0_pretrained.ipynb #ac1fb3bf
+# %% ../nbs/02b0_pretrained.ipynb #3a3b99d5
 _GPT2_NAMES = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj",
                "mlp.c_proj": "mlp.down_proj", "wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
 
@@ -108,7 +108,7 @@ def _gpt2_tensor(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
     "One of GPT-2's tensors under the book's names: stacked projections are parted, matrices of layers transposed."
     name = name.removeprefix("transformer.")
     if name == "lm_head.weight": return {name: w}
-    if name.endswith(("attn.bias", "attn.masked_bias")): return {}            # the causal mask, stored as if it were a weight
+    if name.endswith((".attn.bias", ".attn.masked_bias")): return {}          # the causal mask, stored as if it were a weight
     stem, suffix = name.rsplit(".", 1)
     layer, part = ("layers." + stem.split(".")[1] + ".", stem.split(".", 2)[2]) if stem.startswith("h.") else ("", stem)
     if layer and w.ndim == 2: w = w.T
