@@ -43,7 +43,7 @@ def load_model_tensors(
         raise BookError(f"The checkpoint belongs to another model: {', '.join(sorted(differing)[:3])} is only on one side; build the model from the run's config.json.")
     model.load_state_dict(tensors, strict=False)
 
-# %% ../nbs/03bb_checkpoints.ipynb #f7487a90
+# %% ../nbs/03bb_checkpoints.ipynb #3b7a8477
 def _numbered(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
     "The optimizer's number of each parameter -> its name in the model."
     names = {p: name for name, p in model.named_parameters()}
@@ -56,7 +56,7 @@ def pack_optimizer(
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:  # 'name/key' -> tensor, and the groups' settings
     "An optimizer's state as named tensors and plain settings, so that no pickle is needed."
     saved, names = optimizer.state_dict(), _numbered(optimizer, model)
-    tensors = {f"{names[i]}/{key}": torch.as_tensor(value) for i, memory in saved["state"].items() for key, value in memory.items()}
+    tensors = {f"{names[i]}/{key}": torch.as_tensor(value) for i, memory in saved["state"].items() for key, value in memory.items() if value is not None}
     return tensors, [{k: v for k, v in group.items() if k != "params"} for group in saved["param_groups"]]
 
 
