@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'SMOLLM_PATTERN', 'BYTE_ORDER', 'visible', 'invisible', 'merge_word', 'train_slow',
            'PairIndex', 'train_fast', 'safe_pieces', 'read_texts', 'Tokenizer', 'load_tokenizer', 'count_pieces',
-           'WordTokenizer', 'CharTokenizer', 'BPETokenizer']
+           'WordTokenizer', 'CharTokenizer', 'BPETokenizer', 'curves', 'coloured_tokens']
 
 # %% ../nbs/01a_tokenization.ipynb #fb1dc9cb
 import base64
@@ -490,3 +490,27 @@ def _pattern_of(pre: dict | None, path: Path) -> str:
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and not steps[1]["add_prefix_space"]: return SMOLLM_PATTERN
     if kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not steps[1]["use_regex"]: return steps[0]["pattern"]["Regex"]
     raise BookError(f"{path} cuts words by {' + '.join(map(str, kinds))}, which this book's tokenizer can't follow exactly: open it with the tokenizers library.")
+
+# %% ../nbs/01a_tokenization.ipynb #201bc252
+def curves(
+    measured: dict[str, list[dict]],    # kind of tokenizer → measurements, one dict a vocabulary size
+    x: str,                             # the key on the horizontal axis
+    y: str,                             # the key on the vertical axis
+):                                      # a plotly figure
+    "One line per kind of tokenizer; a kind measured once is a single point."
+    import plotly.graph_objects as go
+    lines = [go.Scatter(x=[m[x] for m in ms], y=[m[y] for m in ms], name=kind, mode="lines+markers") for kind, ms in measured.items()]
+    return go.Figure(lines).update_layout(xaxis_title=x, yaxis_title=y, xaxis_type="log", height=340, title=f"{y} by {x}")
+
+# %% ../nbs/01a_tokenization.ipynb #efa283cc
+def coloured_tokens(
+    tokenizer: Tokenizer,   # any kind
+    text: str,              # what to cut
+) -> str:                   # HTML
+    "The tokens of a text as coloured boxes; spaces and line ends are visible, the id is the tooltip."
+    from html import escape
+    boxes = []
+    for n, i in enumerate(tokenizer.encode(text)):
+        piece = tokenizer.decode([i]).replace(" ", "·").replace("\n", "⏎")
+        boxes.append(f'<span title="id {i}" style="background:hsl({n * 47 % 360} 70% 50% / .28);border-radius:3px;padding:1px 2px;margin:1px;display:inline-block">{escape(piece)}</span>')
+    return f'<div style="font-family:monospace;line-height:1.9;overflow-wrap:anywhere">{"".join(boxes)}</div>'
