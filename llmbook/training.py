@@ -6,7 +6,7 @@
 __all__ = ['unigram_entropy', 'TrainConfig', 'Loop', 'precision_seconds', 'check_run', 'held_out_windows', 'Evaluated', 'plain',
            'differing', 'read_log', 'interruptible', 'Trainer', 'plot_history']
 
-# %% ../nbs/03c_training.ipynb #3fcca16d
+# %% ../nbs/03c_training.ipynb #13220709
 import json
 import math
 import os
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -86,11 +87,16 @@ class TrainConfig:
         "Predicted tokens a step: B · T · accumulate."
         return self.batch_size * self.context * self.accumulate
 
-# %% ../nbs/03c_training.ipynb #c7e39651
+# %% ../nbs/03c_training.ipynb #13faf23f
 class Loop:
-    "Batches in, better weights out; nothing on disk."
+    "Batches in, better weights out, nothing on disk: AdamW (Loshchilov and Hutter 2019, algorithm 2) on clipped, accumulated gradients."
 
-    def __init__(self, model: nn.Module, config: TrainConfig, train: TokenStream):
+    def __init__(
+        self,
+        model: nn.Module,  # has `loss(ids, targets)`; stays on its device
+        config: TrainConfig,  # what to do
+        train: TokenStream,  # tokens to learn from
+    ):
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.sampler = WindowSampler(train, config.context, config.batch_size, config.seed)
@@ -184,11 +190,17 @@ def held_out_windows(
     "Windows that don't overlap, spread evenly over the whole stream."
     return context * np.unique(np.linspace(0, (len(stream) - 1) // context - 1, most).astype(np.int64))
 
-# %% ../nbs/03c_training.ipynb #6b803762
+# %% ../nbs/03c_training.ipynb #96cf2ab3
 class Evaluated(Loop):
     "A loop that also looks at held-out documents, and writes down what it sees."
 
-    def __init__(self, model: nn.Module, config: TrainConfig, train: TokenStream, valid: TokenStream):
+    def __init__(
+        self,
+        model: nn.Module,  # has `loss(ids, targets)` and `config`
+        config: TrainConfig,  # what to do
+        train: TokenStream,  # tokens to learn from
+        valid: TokenStream,  # tokens of other documents
+    ):
         check_run(model, config, {"training": train, "validation": valid})
         super().__init__(model, config, train)
         self.valid, self.history, self.log = valid, [], None
@@ -267,7 +279,7 @@ def interruptible() -> Iterator[list]:
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/03c_training.ipynb #fafe4e11
+# %% ../nbs/03c_training.ipynb #b07cbd96
 class Trainer(Evaluated):
     "A run that lives in a folder: what it does, how it goes, and everything that it takes to go on after a crash."
 
@@ -407,9 +419,9 @@ class Trainer(Evaluated):
             if self.tokenizer is not None: getattr(self.tokenizer, "to_tokenizer_json", self.tokenizer.save)(tmp / "tokenizer.json")
             shutil.rmtree(final, ignore_errors=True)
             os.replace(tmp, final)
-        except OSError as e:
+        except (OSError, SafetensorError) as e:
             shutil.rmtree(tmp, ignore_errors=True)
-            raise BookError(f"The trained model can't be written to {final} ({e.strerror or e}): its checkpoint is safe; make room and call fit() again.") from None
+            raise BookError(f"The trained model can't be written to {final} ({getattr(e, 'strerror', None) or e}): its checkpoint is safe; make room and call fit() again.") from None
 
     def say(self, text: str):
         "Tell the reader, unless they asked for silence."
