@@ -10,7 +10,8 @@ window.llmbook = window.llmbook || (() => {
   const themed = (layout, el) => {
     const dark = isDark(el), ink = dark ? "#dee2e6" : "#212529", grid = dark ? "#495057" : "#dee2e6";
     const axis = {gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true};
-    const template = {layout: {
+    const narrow = el.clientWidth < 520;
+    const template = {layout: {title: {font: {size: narrow ? 13 : 16}},
       font: {color: ink, family: "system-ui, sans-serif", size: 13}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       colorway: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442"],
       margin: {l: 56, r: 16, t: 48, b: 48}, xaxis: axis, yaxis: axis, legend: {orientation: "h", y: -0.25},
