@@ -32,7 +32,7 @@ def stable_ids(
 # %% ../nbs/A5_notebooks.ipynb #4415c60c
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"  # the mime type of a live widget's stored reference
 
-# %% ../nbs/A5_notebooks.ipynb #00941dc2
+# %% ../nbs/A5_notebooks.ipynb #b43ee31d
 def tidy(
     nb,         # a notebook, as nbformat reads it; changed in place
     stem: str,  # the notebook's file name without its suffix
@@ -44,7 +44,7 @@ def tidy(
         if cell.cell_type != "code": continue
         cell.execution_count = None
         for out in cell.outputs:
-            out.get("data", {}).pop(WIDGET_VIEW, None)
+            if out.get("data", {}).pop(WIDGET_VIEW, None) and "text/html" not in out.data: out.data = {}
             if "execution_count" in out: out["execution_count"] = None
         cell.outputs = [out for out in cell.outputs if out.output_type == "stream" or out.get("data") or out.output_type == "error"]
     return stable_ids(nb, stem)
@@ -81,7 +81,7 @@ class Ran:
     cells: int           # code cells that ran
     error: str | None    # the failing cell and its traceback's last line, or nothing
 
-# %% ../nbs/A5_notebooks.ipynb #96131a09
+# %% ../nbs/A5_notebooks.ipynb #f66a9543
 def run_notebook(
     path: Path,                 # the notebook
     out: Path | None = None,    # where the executed copy goes; nothing: over the notebook itself
@@ -91,7 +91,7 @@ def run_notebook(
     "Execute a notebook in a fresh kernel, in its own folder, and store it tidied; a failing cell ends the run and is named."
     nbformat, nbclient = _tools()
     nb, start, done, error = nbformat.read(path, 4), time.perf_counter(), 0, None
-    client = nbclient.NotebookClient(nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+    client = nbclient.NotebookClient(nb, timeout=timeout, kernel_name="python3", coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=40"],
                                      resources={"metadata": {"path": str(path.parent)}})
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
