@@ -53,11 +53,13 @@ class Toggle(Choice):
     "A check box: False or True."
     def __init__(self, label: str, value: bool = False): super().__init__(label, (False, True), value)
 
-# %% ../nbs/A1_dashboards.ipynb #9d483a79
+# %% ../nbs/A1_dashboards.ipynb #f594d7c1
 @dataclass(frozen=True)
 class Html:
     "A piece of HTML; its author escapes what isn't meant as HTML."
     html: str
+
+    def __repr__(self) -> str: return f"Html of {len(self.html):,} characters"
 
     def _repr_html_(self) -> str: return self.html
 
@@ -111,7 +113,7 @@ def _parts(result) -> list:
         if not isinstance(part, (go.Figure, Html, Table)): raise TypeError(f"A dashboard's function returned {type(part).__name__}: it must return a plotly figure, Html, Table or a list of these.")
     return list(result)
 
-# %% ../nbs/A1_dashboards.ipynb #27774b07
+# %% ../nbs/A1_dashboards.ipynb #c3d7ab80
 class Dashboard:
     "One definition of controls and a pure function; live with a kernel, swept in advance without one."
     def __init__(
@@ -182,7 +184,7 @@ class Dashboard:
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         "All skins at once; the reader's program takes the best one that it understands."
         skins = {"text/plain": repr(self), "text/html": self.to_html()}
-        return {**skins, **(self.live()._repr_mimebundle_() if _has_kernel() else {})}
+        return {**(self.live()._repr_mimebundle_() if _has_kernel() else {}), **skins}
 
 # %% ../nbs/A1_dashboards.ipynb #f04bcc2e
 def _has_kernel() -> bool:

@@ -6,7 +6,7 @@
 __all__ = ['SMOLLM_SYSTEM', 'write_folder', 'read_folder', 'pair_halves', 'read_gguf', 'translate', 'load_exactly', 'locate',
            'read_model', 'pretrained_tokenizer', 'chat_prompt']
 
-# %% ../nbs/02b0_pretrained.ipynb #80c8c28f
+# %% ../nbs/02b0_pretrained.ipynb #c995ef1f
 import json
 import os
 import shutil
@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .bpe import SMOLLM_PATTERN, invisible
 from .corpora import CATALOGUE, BookError, fetch, lookup
-from .tokenization import SMOLLM_PATTERN, BPETokenizer, Tokenizer, invisible, load_tokenizer
+from .tokenization import BPETokenizer, Tokenizer, load_tokenizer
 
 # %% ../nbs/02b0_pretrained.ipynb #e109b0d6
 def write_folder(
