@@ -19,12 +19,12 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
 
-# %% ../nbs/A1_dashboards.ipynb #95185e1f
+# %% ../nbs/A1_dashboards.ipynb #12f266bc
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442"]  # Okabe and Ito's palette
 _AXIS = dict(gridcolor="rgba(128,128,128,.3)", zerolinecolor="rgba(128,128,128,.5)", linecolor="rgba(128,128,128,.5)", automargin=True)
 pio.templates["llmbook"] = go.layout.Template(layout=dict(
     colorway=COLOURS, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", xaxis=_AXIS, yaxis=_AXIS,
-    font=dict(color="#7a828a", family="system-ui, sans-serif", size=13), margin=dict(l=56, r=16, t=48, b=48), legend=dict(orientation="h", y=-0.25)))
+    font=dict(color="#7a828a", family="system-ui, sans-serif", size=13), margin=dict(l=56, r=16, t=48, b=48), legend=dict(orientation="h", y=-0.3)))
 pio.templates.default = "llmbook"
 pio.renderers.default = "plotly_mimetype"   # a figure is stored as its JSON alone; JupyterLab and the book's site draw it
 

@@ -54,8 +54,8 @@ def remote_parts(
     "What a browser would fetch from elsewhere to show a page."
     return [next(filter(None, m)) for m in _FETCHED.findall(page)]
 
-# %% ../nbs/A2_site.ipynb #e42e7185
-_PLOTLY = "application/vnd.plotly.v1+json"
+# %% ../nbs/A2_site.ipynb #b1fcaaba
+_PLOTLY, _DASHBOARD = "application/vnd.plotly.v1+json", 'class="llmbook-dashboard"'
 
 def page_outputs(
     cell,  # a notebook's cell, changed in place
@@ -65,6 +65,7 @@ def page_outputs(
         data = out.get("data", {})
         data.pop(WIDGET_VIEW, None)
         if _PLOTLY in data: out["data"] = {"text/html": figure_html(data[_PLOTLY])}
+        elif _DASHBOARD in "".join(data.get("text/html", "")): data["text/html"] = re.sub(r"<(style|script)>.*?</\1>", "", "".join(data["text/html"]), flags=re.S)
 
 # %% ../nbs/A2_site.ipynb #93f7a0f8
 def local_links(
@@ -165,10 +166,10 @@ def finish_page(
     if 'class="llmbook-' in page: head += f'<script defer src="{root}assets/plotly.min.js"></script>\n<script defer src="{root}assets/dashboard.js"></script>\n'
     return page.replace("</head>", head + "</head>", 1)
 
-# %% ../nbs/A2_site.ipynb #19eef003
+# %% ../nbs/A2_site.ipynb #f93153e6
 def finish_style(css: str) -> str:
     "A style sheet without imports from elsewhere."
-    return re.sub(r"@import\s+(?:url\()?[\"']?(?:https?:)?//[^;]*;", "", css)
+    return re.sub(r"@import\s*(?:url\(\s*(?:https?:)?//[^)]*\)|(?:url\(\s*)?([\"'])(?:https?:)?//.*?\1\s*\)?)[^;]*;", "", css)
 
 def finish_copy(markdown: str) -> str:
     "A page's Markdown copy without scripts, styles and figures' data."

@@ -14,7 +14,7 @@ window.llmbook = window.llmbook || (() => {
     const template = {layout: {title: {font: {size: narrow ? 13 : 16}},
       font: {color: ink, family: "system-ui, sans-serif", size: 13}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       colorway: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442"],
-      margin: {l: 56, r: 16, t: 48, b: 48}, xaxis: axis, yaxis: axis, legend: {orientation: "h", y: -0.25},
+      margin: {l: 56, r: 16, t: 48, b: 48}, xaxis: axis, yaxis: axis, legend: {orientation: "h", x: 0, y: -64 / Math.max(80, (layout.height || 450) - (narrow ? 210 : 150)), yanchor: "top"},
       hoverlabel: {font: {family: "system-ui, sans-serif"}}}};
     return {...layout, template, autosize: true, width: undefined};
   };
