@@ -305,7 +305,7 @@ class TokenStream:
         if file_sha256(self.path / "tokens.bin") != self.sha256:
             raise BookError(f"The token stream in {self.path} was changed since it was written: delete the folder and write it again.")
 
-# %% ../nbs/00_corpora.ipynb #60644a7e
+# %% ../nbs/00_corpora.ipynb #1673da49
 def write_stream(
     path: Path,                                  # the folder to make
     docs: Iterable[str],                         # the documents; read once, so a generator will do
@@ -335,7 +335,7 @@ def write_stream(
         if not starts: raise BookError("The corpus is empty, so there is nothing to write: pass at least one document.")
         meta = dict(tokens=count, vocab_size=vocab_size, eot=eot, dtype=dtype.str, sha256=digest.hexdigest(), starts=starts)
         (whole / "stream.json").write_text(json.dumps(meta))
-        if path.exists(): shutil.rmtree(path)
+        if path.exists(): path.rename(Path(tmp) / "old")   # goes with tmp, once the new one is in place
         whole.rename(path)
     return TokenStream(path)
 

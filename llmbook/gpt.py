@@ -21,7 +21,7 @@ from .corpora import BookError
 from .pretrained import chat_prompt, load_exactly, pretrained_tokenizer, read_model, write_folder
 from .tokenization import Tokenizer
 
-# %% ../nbs/02b_gpt.ipynb #c7f07201
+# %% ../nbs/02b_gpt.ipynb #6074238a
 @dataclass
 class GPTConfig:
     "The shape of a decoder: sizes, and the four switches between the GPT-2 and the Llama family."
@@ -46,7 +46,11 @@ class GPTConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known: raise BookError(f"{name}={getattr(self, name)!r} is unknown: choose {' or '.join(known)}.")
         for name in ("vocab_size", "context", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1: raise BookError(f"{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1: raise BookError(f"{name}={value!r} can't be used: it must be a whole number of at least 1.")
+        kv = self.n_head if self.n_kv_head is None else self.n_kv_head
+        if kv < 1 or self.n_embd % self.n_head or self.n_head % kv: raise BookError(f"n_embd={self.n_embd}, n_head={self.n_head} and n_kv_head={kv} don't fit: heads must divide the width, and key/value heads must divide heads.")
+        if self.position == "rope" and self.n_embd // self.n_head % 2: raise BookError(f"n_embd={self.n_embd} and n_head={self.n_head} give heads of odd width, but rotary positions turn pairs: the width of a head must be even.")
 
     @classmethod
     def gpt2(cls, **sizes) -> "GPTConfig":
@@ -107,7 +111,7 @@ def filter_logits(
         logits = logits.index_fill(0, order[p.cumsum(0) - p >= top_p], float("-inf"))
     return logits
 
-# %% ../nbs/02b_gpt.ipynb #cf0f65da
+# %% ../nbs/02b_gpt.ipynb #0abb707f
 class GPT(nn.Module):
     "A decoder of the GPT-2 or the Llama family (Radford et al. 2019; Touvron et al. 2023)."
     SLICE = 1 << 24   # logits that are kept at once in `loss`
@@ -137,7 +141,8 @@ class GPT(nn.Module):
         "The bottom of the stream, (B, T, C), and the rotary tables for these positions."
         T = ids.shape[1]
         if past + T > self.config.context: raise BookError(f"{past + T} tokens are longer than the model's context of {self.config.context}: shorten the text.")
-        x = self.embed_tokens(ids)
+        try: x = self.embed_tokens(ids)
+        except IndexError: raise BookError(f"A token id is outside 0…{self.config.vocab_size - 1}, the model's vocab_size being {self.config.vocab_size}: encode the text with the model's own tokenizer.") from None
         if self.embed_positions is None: return self.dropout(x), (self.cos[past:past + T], self.sin[past:past + T])
         return self.dropout(x + self.embed_positions.weight[past:past + T]), None
 
@@ -186,8 +191,9 @@ class GPT(nn.Module):
         "New tokens one at a time; BookError before any work if the prompt is empty or all would not fit into the context."
         ids = list(ids)
         if not ids: raise BookError("The prompt is empty: give at least one token, for instance the end-of-text token.")
+        if wrong := [i for i in ids if not 0 <= i < self.config.vocab_size]: raise BookError(f"Token id {wrong[0]} is outside 0…{self.config.vocab_size - 1}, the model's vocab_size being {self.config.vocab_size}: encode the text with the model's own tokenizer.")
         if len(ids) + max_new_tokens > self.config.context: raise BookError(f"A prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of {self.config.context}: shorten the prompt or ask for at most {max(0, self.config.context - len(ids))} tokens.")
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1): raise BookError(f"temperature={temperature}, top_k={top_k}, top_p={top_p} can't be used: temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1.")
+        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1): raise BookError(f"temperature={temperature}, top_k={top_k}, top_p={top_p} can't be used: temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1.")
         return self._generate(ids, max_new_tokens, temperature, top_k, top_p, seed, set(stop))
 
     def _generate(self, ids, max_new_tokens, temperature, top_k, top_p, seed, stop):
@@ -214,7 +220,9 @@ class GPT(nn.Module):
     ) -> "GPT":
         "A model with published or saved weights, in evaluation mode; every weight must fit."
         shape, weights = read_model(name)
-        with torch.device("meta"): model = cls(GPTConfig(**shape))
+        try: config = GPTConfig(**shape)
+        except TypeError as e: raise BookError(f"The config.json of {name} doesn't describe a decoder ({str(e).removeprefix('GPTConfig.__init__() ')}): get the file again.") from None
+        with torch.device("meta"): model = cls(config)
         model.to_empty(device="cpu")
         if model.config.position == "rope": model.cos, model.sin = rotary_tables(model.config.context, model.config.n_embd // model.config.n_head, model.config.rope_theta)
         load_exactly(model, weights, str(name))

@@ -6,10 +6,9 @@
 __all__ = ['SMOLLM_SYSTEM', 'write_folder', 'read_folder', 'pair_halves', 'read_gguf', 'translate', 'load_exactly', 'locate',
            'read_model', 'pretrained_tokenizer', 'chat_prompt']
 
-# %% ../nbs/02b0_pretrained.ipynb #c995ef1f
+# %% ../nbs/02b0_pretrained.ipynb #ed668207
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from .bpe import SMOLLM_PATTERN, invisible
 from .corpora import CATALOGUE, BookError, fetch, lookup
 from .tokenization import BPETokenizer, Tokenizer, load_tokenizer
 
-# %% ../nbs/02b0_pretrained.ipynb #e109b0d6
+# %% ../nbs/02b0_pretrained.ipynb #f81b8911
 def write_folder(
     folder: Path,                           # the folder to make or to replace
     config: dict,                           # what config.json holds
@@ -40,17 +39,18 @@ def write_folder(
         if tokenizer is not None: tokenizer.save(whole / "tokenizer.json")
         for path in whole.iterdir():
             with open(path, "rb+") as f: os.fsync(f.fileno())
-        if folder.exists(): shutil.rmtree(folder)
+        if folder.exists(): folder.rename(Path(tmp) / "old")   # goes with tmp, once the new one is in place
         whole.rename(folder)
 
-# %% ../nbs/02b0_pretrained.ipynb #cca17d38
+# %% ../nbs/02b0_pretrained.ipynb #216f897d
 def read_folder(
     folder: Path,  # with config.json and model.safetensors, or an index and its parts
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     "The configuration and the weights of a model folder, under the names that the files have."
     folder = Path(folder)
     try: config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError): raise BookError(f"{folder} holds no model: a config.json with the model's shape is missing or damaged.") from None
+    except (OSError, ValueError): config = None
+    if not isinstance(config, dict): raise BookError(f"{folder} holds no model (its config.json, which gives the shape, is missing or damaged): check the path, or get the files again.")
     index = folder / "model.safetensors.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
     weights = {}
@@ -159,7 +159,7 @@ def load_exactly(
     with torch.no_grad():
         for name, parameter in own.items(): parameter.copy_(weights[name])
 
-# %% ../nbs/02b0_pretrained.ipynb #5911a85e
+# %% ../nbs/02b0_pretrained.ipynb #f7834658
 def locate(
     name: str | Path,  # a folder, a .gguf file, a catalogue id, or hf:owner/name
 ) -> Path:
@@ -176,7 +176,9 @@ def locate(
 def read_model(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     "Fields of `GPTConfig` and tensors under the book's names, wherever the model lies."
     path = locate(name)
-    return translate(*(read_gguf(path) if path.suffix == ".gguf" else read_folder(path)))
+    found = read_gguf(path) if path.suffix == ".gguf" else read_folder(path)
+    try: return translate(*found)
+    except KeyError as e: raise BookError(f"{path} can't be read as a decoder ({e.args[0]} is missing or unknown): get its files again.") from None
 
 def _gguf_tokenizer(path: Path) -> BPETokenizer:
     "The byte-level BPE that a GGUF file carries."
