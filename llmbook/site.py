@@ -76,13 +76,13 @@ def local_links(
     "Make links to the project's own pages relative."
     return re.sub(re.escape(home.rstrip("/")) + r"/([\w.-]+\.html)", lambda m: names.get(m[1], m[1]), text)
 
-# %% ../nbs/A2_site.ipynb #37f43326
+# %% ../nbs/A2_site.ipynb #53a52085
 _SOURCE_LINK = re.compile(r"^---\n\n\[source\]\([^)]*\)\{target=\"_blank\" style=\"float:right; font-size:smaller\"\}\n\n", re.M)
 
 def _read_settings():
     "nbdev's configuration; a clear sentence where there is none."
     try: from nbdev.config import get_config
-    except ImportError: raise BookError("Building the site needs nbdev and smalldocs: install them with `pip install 'llmbook[dev]'`.") from None
+    except ImportError as e: raise BookError(f"Building the site needs nbdev and smalldocs ({e}): install them with `pip install 'llmbook[dev]'`.") from None
     if not Path("settings.ini").is_file(): raise BookError("No settings.ini lies here: build the site from the project's folder.")
     return get_config()
 
