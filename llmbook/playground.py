@@ -73,7 +73,7 @@ def _web(name: str) -> str:
     "A file of the package's `web` folder."
     return files("llmbook").joinpath("web", name).read_text(encoding="utf-8")
 
-# %% ../nbs/01c_playground.ipynb #0a4a43d4
+# %% ../nbs/01c_playground.ipynb #690a4f6c
 class Playground:
     "Free text in, coloured tokens out, for several tokenizers; live with a kernel, by a script without one."
     def __init__(
@@ -98,7 +98,7 @@ class Playground:
         if not isinstance(tokenizer, MergingTokenizer): return coloured_tokens(tokenizer, text), ""
         used = merge_steps(tokenizer, text)[:step]
         if not used: return coloured_tokens(only_first_merges(tokenizer, 0), text), "bytes, nothing merged yet"
-        a, b = (p.decode(errors="replace") for p in tokenizer.merges[used[-1]])
+        a, b = (p.decode(errors="replace").replace(" ", "·") for p in tokenizer.merges[used[-1]])
         return coloured_tokens(only_first_merges(tokenizer, used[-1] + 1), text), f"{a} + {b}, merge {used[-1] + 1}"
 
     def to_html(self) -> str:
@@ -106,11 +106,12 @@ class Playground:
         options = "".join(f"<option>{escape(name)}</option>" for name in self.tokenizers)
         first = next(iter(self.tokenizers.values()))
         data = json.dumps(self.models, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-        return (f'<style>{_web("dashboard.css")}</style><div class="llmbook-dashboard llmbook-playground-box"><div class="llmbook-playground"><p class="llmbook-title">Tokenizer playground</p>'
+        style = _web("dashboard.css").replace(".llmbook-dashboard", ".llmbook-playground")
+        return (f'<style>{style}</style><div class="llmbook-playground"><p class="llmbook-title">Tokenizer playground</p>'
                 f'<form onsubmit="return false"><label style="width:100%">Text <textarea rows="3" style="flex:1;font:inherit;color:inherit;background:transparent" spellcheck="false">{escape(self.text)}</textarea></label>'
-                f'<label>Method <select>{options}</select></label><label>Merges <input type="range" min="0" max="1" step="1" value="1"><output></output></label></form>'
-                f'<div class="llmbook-tokens" style="font-family:monospace;line-height:1.9;overflow-wrap:anywhere">{coloured_tokens(first, self.text)}</div><table class="llmbook-table llmbook-counts"></table>'
-                f'<script type="application/json">{data}</script></div></div><script>{_web("playground.js")}</script>')
+                f'<label>Method <select>{options}</select></label><label style="flex-wrap:wrap">Merges <input type="range" min="0" max="1" step="1" value="1"><output></output></label></form>'
+                f'<div class="llmbook-tokens" style="font-family:monospace;line-height:1.9;overflow-wrap:anywhere">{coloured_tokens(first, self.text)}</div><div style="overflow-x:auto"><table class="llmbook-table llmbook-counts"></table></div>'
+                f'<script type="application/json">{data}</script></div><script>{_web("playground.js")}</script>')
 
     def __repr__(self) -> str: return f"Playground for {', '.join(self.tokenizers)}: type a text, see its tokens."
 

@@ -96,8 +96,9 @@ window.llmbookPlayground = window.llmbookPlayground || (() => {
         if (moved !== step) step.value = used.length;
         const k = Number(step.value);
         ids = m.encode(text, k ? used[k - 1] + 1 : 0);
-        said = k ? `${m.show(m.merges[used[k - 1]][0])} + ${m.show(m.merges[used[k - 1]][1])}, merge ${used[k - 1] + 1}` : "bytes, nothing merged yet";
-        out.textContent = `${k} of ${used.length}: ${said.replaceAll(" ", "·").replaceAll("·", "\u00a0")}`;
+        const half = side => m.show(m.merges[used[k - 1]][side]).replaceAll(" ", "·");
+        said = k ? `${half(0)} + ${half(1)}, merge ${used[k - 1] + 1}` : "bytes, nothing merged yet";
+        out.textContent = `${k} of ${used.length}: ${said}`;
         step.setAttribute("aria-valuetext", out.textContent);
       }
       root.querySelector(".llmbook-tokens").innerHTML = boxes(m, ids);
