@@ -6,8 +6,9 @@
 __all__ = ['UNKNOWN', 'viterbi', 'sample_cut', 'blanks_and_controls', 'nmt_nfkc', 'sorted_suffixes', 'script', 'seed_pieces',
            'Lattices', 'expected_counts', 'best_cuts', 'UnigramTrainer', 'required_characters', 'train_unigram']
 
-# %% ../nbs/01b0_unigram.ipynb #b9e2d388
+# %% ../nbs/01b0_unigram.ipynb #0d6229b2
 import copy
+import itertools
 import math
 import random
 import unicodedata
@@ -147,42 +148,49 @@ def seed_pieces(
     covered = np.array([k for k, _ in letters + ranked], dtype=float)
     return [p for _, p in letters + ranked], np.log(covered / covered.sum())
 
-# %% ../nbs/01b0_unigram.ipynb #a3ed3bf2
+# %% ../nbs/01b0_unigram.ipynb #0a416478
 class Lattices:
     "All cuts of many words as one graph: a node at each place, an edge for each piece; single characters that are no piece have the last id."
     def __init__(self, words: list[str], ids: dict[str, int], longest: int):
-        start, size, piece, at = [], [], [], 0
+        edges, at, get, unknown = [], 0, ids.get, len(ids)
         for w in words:
-            for i in range(len(w)):
-                for j in range(i + 1, min(len(w), i + longest) + 1):
-                    p = ids.get(w[i:j], len(ids) if j == i + 1 else None)
-                    if p is not None: start.append(at + i); size.append(j - i); piece.append(p)
-            at += len(w) + 1
+            n = len(w)
+            edges += [(at + i, at + j, p) for i in range(n) for j in range(i + 1, min(n, i + longest) + 1) if (p := get(w[i:j], unknown if j == i + 1 else None)) is not None]
+            at += n + 1
         lengths = np.array([len(w) for w in words])
         self.first = np.cumsum(lengths + 1) - lengths - 1                      # (words,) each word's first node
         self.last, self.nodes = self.first + lengths, at
         self.word = np.repeat(np.arange(len(words)), lengths + 1)              # (nodes,) each node's word
         self.place = np.arange(at) - self.first[self.word]                     # (nodes,) each node's place in its word
-        start, size, piece = (np.array(x, dtype=np.int64) for x in (start, size, piece))
-        self._link(start, start + size, piece)
+        self._link(*np.fromiter(itertools.chain.from_iterable(edges), np.int64, 3 * len(edges)).reshape(-1, 3).T)
 
     def _link(self, start: np.ndarray, end: np.ndarray, piece: np.ndarray):
-        "Sort edges by the place where they end; remember the steps forwards and backwards."
+        "Sort edges by the place where they end, and remember the order by where they start."
         order = np.lexsort((start, end, self.place[end]))
         self.start, self.end, self.piece = start[order], end[order], piece[order]
         self.backwards = np.lexsort((self.start, -self.place[self.start]))
+        self._walk()
+
+    def _walk(self):
+        "The steps forwards and backwards."
         self.steps, self.back_steps = _steps(self.end, self.place), _steps(self.start[self.backwards], self.place)
+
+    def _only(self, kept: np.ndarray):
+        "Keep some edges; both orders stay."
+        self.start, self.end, self.piece = self.start[kept], self.end[kept], self.piece[kept]
+        self.backwards = (np.cumsum(kept) - 1)[self.backwards[kept[self.backwards]]]
+        self._walk()
 
     def renumber(self, ids: np.ndarray):
         "Give each piece its new id, (old pieces + 1,); -1 drops it, but for single characters, which become unknown."
         piece = ids[self.piece]
-        piece = np.where((piece < 0) & (self.end - self.start == 1), ids[-1], piece)
-        self._link(*(x[piece >= 0] for x in (self.start, self.end, piece)))
+        self.piece = np.where((piece < 0) & (self.end - self.start == 1), ids[-1], piece)
+        self._only(self.piece >= 0)
 
     def without_whole_words(self) -> "Lattices":
         "The same graph in which no word of two characters or more is one piece."
         other, whole = copy.copy(self), (self.start == self.first[self.word[self.start]]) & (self.end == self.last[self.word[self.start]]) & (self.end - self.start > 1)
-        other._link(self.start[~whole], self.end[~whole], self.piece[~whole])
+        other._only(~whole)
         return other
 
 # %% ../nbs/01b0_unigram.ipynb #eb6ec7df

@@ -21,7 +21,7 @@ def lab(tmp_path_factory):
     "A JupyterLab on a copy of the notebooks, with every cell on the page instead of only those in sight."
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install 'llmbook[dev]'")
     folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
-    for name in NOTEBOOKS: shutil.copy(ROOT / "nbs" / f"{name}.ipynb", folder)
+    for name in [*NOTEBOOKS, "01c_playground"]: shutil.copy(ROOT / "nbs" / f"{name}.ipynb", folder)
     for extension, values in (("notebook-extension/tracker", {"windowingMode": "none"}), ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})):
         path = settings / "@jupyterlab" / f"{extension}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +80,20 @@ def end_kernels(lab):
         urllib.request.urlopen(urllib.request.Request(f"{lab}api/sessions/{session['id']}", method="DELETE"))
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_dashboard_is_live(lab, visit, name):
-    v = visit(lab)
+def open_and_run(v, lab, name):
+    "Open a notebook and run all of it."
     page = v.page
     page.goto(f"{lab}lab/workspaces/{name}/tree/{name}.ipynb")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
     run_all(page, name)
+    return page
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_dashboard_is_live(lab, visit, name):
+    v = visit(lab)
+    page = open_and_run(v, lab, name)
     board = page.locator(".jp-OutputArea-output .widget-vbox").filter(has=page.locator("b", has_text=NOTEBOOKS[name])).first
     board.locator(".js-plotly-plot .main-svg").first.wait_for(state="attached", timeout=180_000)
     board.scroll_into_view_if_needed()
@@ -101,6 +107,36 @@ def test_dashboard_is_live(lab, visit, name):
     select = board.locator("select").first
     select.select_option(index=0 if select.evaluate("s => s.selectedIndex") else 1)
     changed(board, states, "another choice in the list")
+    assert [f for f in v.faults if f.startswith(("script error", "remote"))] == []
+    page.close()
+    end_kernels(lab)
+
+
+def test_playground_is_live(lab, visit):
+    "Typing into the text, choosing a method and stepping through merges call Python."
+    v = visit(lab)
+    page = open_and_run(v, lab, "01c_playground")
+    board = page.locator(".jp-OutputArea-output .widget-vbox").filter(has=page.locator("b", has_text="Tokenizer playground")).first
+    board.locator("textarea").wait_for(timeout=180_000)
+    board.scroll_into_view_if_needed()
+    text = lambda: board.locator(".widget-html-content").evaluate_all("els => els.map(e => [e.innerText, e.querySelectorAll('span').length])")
+    states = [text()]
+
+    def changed_text(what):
+        for _ in range(120):
+            if (now := text()) != states[-1]: return states.append(now)
+            page.wait_for_timeout(250)
+        pytest.fail(f"{what} changed nothing")
+    board.locator("textarea").fill("Tokenizers <b>everywhere</b>")
+    changed_text("typing")
+    assert any("<b>" in part for part, _ in states[-1]), "what is typed is text, not HTML"
+    page.wait_for_timeout(1000)
+    states.append(text())
+    board.locator(".noUi-handle").first.focus()
+    page.keyboard.press("ArrowLeft")
+    changed_text("a key on the slider")
+    board.locator("select").first.select_option(label="Unigram")
+    changed_text("another method")
     assert [f for f in v.faults if f.startswith(("script error", "remote"))] == []
     page.close()
     end_kernels(lab)
