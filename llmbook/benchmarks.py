@@ -186,22 +186,12 @@ def unigram_train():
     def theirs(): sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=io.BytesIO(), model_type="unigram", vocab_size=4099, minloglevel=2)
     return lambda: train_unigram(lines, 4096, progress=False), theirs, sum(len(x.encode()) for x in lines) / 1e6, {}
 
-# %% ../nbs/A4_benchmarks.ipynb #9cdcf80b
-def _kept(run: Callable) -> float:
-    "Megabytes of tensors that autograd keeps for the backward pass of what `run` computes; each storage counts once."
-    import torch
-    found = {}
-
-    def note(t):
-        found[t.untyped_storage().data_ptr()] = t
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = run()
-    assert out is not None
-    return sum(t.untyped_storage().nbytes() for t in found.values()) / 1e6
-
-def _both_ways(ours: Callable, theirs: Callable, tokens: int):
+# %% ../nbs/A4_benchmarks.ipynb #b81f08c5
+def _both_ways(models: tuple, ours: Callable, theirs: Callable, tokens: int):
     "Forward and backward of two functions that give vectors, and what they keep."
-    return (lambda: ours().square().mean().backward()), (lambda: theirs().square().mean().backward()), tokens, {"kept for backward, MB": round(_kept(ours), 1), "transformers keeps, MB": round(_kept(theirs), 1)}
+    from llmbook.sizing import kept_bytes
+    notes = {f"{name} keeps for backward, MB": round(kept_bytes(model, run) / 1e6, 1) for name, model, run in zip(("the book", "transformers"), models, (ours, theirs))}
+    return (lambda: ours().square().mean().backward()), (lambda: theirs().square().mean().backward()), tokens, notes
 
 def bert_step():
     "Encoders of the BERT family with four layers of width 256, on 8 texts of 128 tokens."
@@ -213,7 +203,7 @@ def bert_step():
     book = Bert(BertConfig(vocab_size=8192, n_layer=4, n_head=4, n_embd=256, dropout=0.0))
     other = transformers.BertModel(transformers.BertConfig(vocab_size=8192, num_hidden_layers=4, num_attention_heads=4, hidden_size=256, intermediate_size=1024, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     ids, mask = torch.randint(8192, (8, 128)), torch.arange(128) < torch.tensor([128, 100, 90, 128, 64, 128, 32, 120])[:, None]
-    return _both_ways(lambda: book(ids, mask=mask), lambda: other(ids, attention_mask=mask).last_hidden_state, ids.numel())
+    return _both_ways((book, other), lambda: book(ids, mask=mask), lambda: other(ids, attention_mask=mask).last_hidden_state, ids.numel())
 
 def xlnet_step():
     "XLNets with two streams, of the same shape, on the same orders."
@@ -227,7 +217,7 @@ def xlnet_step():
     ids = torch.randint(8192, (8, 128))
     batch = permutation_batch(ids)
     perm_mask, places = batch["perm_mask"], batch["target_mapping"]
-    return _both_ways(lambda: book(ids, perm_mask=perm_mask, target_mapping=places)[0],
+    return _both_ways((book, other), lambda: book(ids, perm_mask=perm_mask, target_mapping=places)[0],
                       lambda: other(ids, perm_mask=(~perm_mask).float(), target_mapping=places.float(), use_mems=False).last_hidden_state, ids.numel())
 
 # %% ../nbs/A4_benchmarks.ipynb #cf088abb
