@@ -7,7 +7,7 @@ from llmbook.corpora import BookError
 from llmbook.site import build_site, finish_page, mathml, page_faults, serve
 
 pytestmark = pytest.mark.browser
-DASHBOARDS = {"01a_tokenization": "Tokenizers compared", "01b_sentencepiece": "Vocabulary trade-offs", "02d_xlnet": "Two-stream masks", "02b_gpt": "Attention by layer and head", "02e_sizing": "Model sizing", "03b_optimizers": "Learning-rate schedules"}
+DASHBOARDS = {"01a_tokenization": "Tokenizers compared", "01b_sentencepiece": "Vocabulary trade-offs", "02aa_residuals": "Gradient flow by depth", "02d_xlnet": "Two-stream masks", "02b_gpt": "Attention by layer and head", "02e_sizing": "Model sizing", "03b_optimizers": "Learning-rate schedules"}
 PAGES = sorted(p.stem for p in (Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
 
 
