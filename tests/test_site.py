@@ -78,7 +78,7 @@ def test_dashboards_move_by_keyboard(site, visit, name):
     for control in board.locator("[data-control]").all():
         control.focus()
         before = state()
-        for key in ("ArrowDown", "ArrowUp") if control.evaluate("c => c.tagName") == "SELECT" else ("ArrowRight", "ArrowLeft"):
+        for key in {"SELECT": ("ArrowDown", "ArrowUp"), "checkbox": ("Space", "Space")}.get(control.evaluate("c => c.tagName === 'SELECT' ? c.tagName : c.type"), ("ArrowRight", "ArrowLeft")):
             page.keyboard.press(key)
             page.wait_for_timeout(250)
             seen.add(state())

@@ -14,6 +14,16 @@ from llmbook.sizing import (DEVICES, MODELS, PRECISIONS, activations, backward_f
                             parameters, predicted, training_cost, training_flops, training_memory, training_seconds)
 from llmbook.xlnet import XLNet, XLNetConfig, XLNetLM, permutation_batch
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Tiny tensors: more threads would only wait for each other."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 shapes = st.builds(
     lambda head, groups, share, **kw: GPTConfig(n_head=groups * share, n_kv_head=groups, n_embd=head * groups * share, **kw),
     head=st.sampled_from([2, 4, 8]), groups=st.integers(1, 3), share=st.integers(1, 3), vocab_size=st.integers(2, 50),
@@ -71,7 +81,7 @@ def test_flops_equal_the_counter_on_any_shape(config, batch):
 
 
 @settings(max_examples=10, deadline=None)
-@given(xlnets, st.integers(2, 30), st.integers(2, 3))
+@given(xlnets, st.integers(7, 30), st.integers(2, 3))
 def test_a_step_of_two_streams_is_in_the_formulas(config, length, batch):
     model, ids = model_of(config), torch.zeros(batch, length, dtype=torch.long)
     run = lambda: model.loss(**permutation_batch(ids), segments=ids)
