@@ -142,7 +142,7 @@ def small_weights(module: nn.Module):
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)
 
-# %% ../nbs/02c_bert.ipynb #e2453ddf
+# %% ../nbs/02c_bert.ipynb #0e44e780
 class MaskedLMHead(nn.Module):
     "Vectors to logits: a dense layer with GELU and a norm, then the token table and a bias."
     def __init__(self, config: BertConfig):
@@ -167,12 +167,28 @@ class BertForPreTraining(nn.Module):
         x = self.bert(ids, segments, mask)
         return self.cls["predictions"](x, self.bert.embeddings.word_embeddings.weight), self.cls["seq_relationship"](self.bert.pool(x)) if "seq_relationship" in self.cls else None
 
+    @property
+    def config(self) -> BertConfig: return self.bert.config
+
+    def scored(self, ids, targets, segments=None, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+        "Logits (N, V) at the N places of (B, T) whose target isn't -100, and these targets (N,)."
+        return self._hidden_places(self.bert(ids, segments, mask), targets)
+
+    def _hidden_places(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "(B, T, C), (B, T) → (N, V), (N,): the head is asked only where something is hidden."
+        hidden = targets != -100
+        if not hidden.any(): raise BookError("No token is hidden in this batch, so there is nothing to learn: give at least one target that isn't -100.")
+        return self.cls["predictions"](x[hidden], self.bert.embeddings.word_embeddings.weight), targets[hidden]
+
     def loss(self, ids, targets, segments=None, mask=None, follows=None) -> torch.Tensor:
         "Mean cross-entropy in nats at the places whose target (B, T) isn't -100, plus that of `follows` (B,): 0 it does, 1 it doesn't."
-        x, hidden = self.bert(ids, segments, mask), targets != -100
-        if not hidden.any(): raise BookError("No token is hidden in this batch, so there is nothing to learn: give at least one target that isn't -100.")
-        total = F.cross_entropy(self.cls["predictions"](x[hidden], self.bert.embeddings.word_embeddings.weight), targets[hidden])
+        x = self.bert(ids, segments, mask)
+        total = F.cross_entropy(*self._hidden_places(x, targets))
         return total if follows is None else total + F.cross_entropy(self.cls["seq_relationship"](self.bert.pool(x)), follows)
+
+    def save_pretrained(self, folder: Path):
+        "Write the model as `load_bert` and other libraries read it."
+        save_bert(self, folder)
 
 # %% ../nbs/02c_bert.ipynb #90e708d3
 class BertForSequenceClassification(nn.Module):

@@ -111,7 +111,7 @@ def filter_logits(
         logits = logits.index_fill(0, order[p.cumsum(0) - p >= top_p], float("-inf"))
     return logits
 
-# %% ../nbs/02b_gpt.ipynb #41918fb2
+# %% ../nbs/02b_gpt.ipynb #fa3ed9bc
 class Decoder(nn.Module):
     "A decoder of the GPT-2 or the Llama family (Radford et al. 2019; Touvron et al. 2023): tokens in, logits and loss out."
     SLICE = 1 << 24   # logits that are kept at once in `loss`
@@ -160,6 +160,11 @@ class Decoder(nn.Module):
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         "Logits of the next token at every position: (B, T) → (B, T, V)."
         return self.head(self.hidden(ids, cache))
+
+    def scored(self, ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Logits (N, V) at the N places of (B, T) whose target isn't -100, and these targets (N,): what an evaluation reads."
+        asked = targets != -100
+        return self.head(self.hidden(ids)[asked]), targets[asked]
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         "Mean cross-entropy in nats over the targets (B, T) that aren't -100."

@@ -248,7 +248,7 @@ class XLNet(nn.Module):
         if mems is not None and any(m.dim() != 3 or (m.shape[0], m.shape[2]) != (B, c.n_embd) or m.shape != mems[0].shape for m in mems):
             raise BookError(f"mems have the shapes {sorted({tuple(m.shape) for m in mems})}, and must all be ({B}, tokens, {c.n_embd}): give what this model returned for the same texts.")
 
-# %% ../nbs/02d_xlnet.ipynb #4889629a
+# %% ../nbs/02d_xlnet.ipynb #963893b3
 class XLNetLM(nn.Module):
     "XLNet with a head that predicts tokens; its matrix is the token table."
     tied = "lm_loss.weight"     # the same tensor as transformer.word_embedding.weight
@@ -264,13 +264,24 @@ class XLNetLM(nn.Module):
         x, memory = self.transformer(ids, segments, mask, perm_mask, target_mapping, mems)
         return self.lm_loss(x), memory
 
-    def loss(self, ids, targets, perm_mask, target_mapping, segments=None, mask=None, mems=None) -> torch.Tensor:
-        "Mean cross-entropy in nats of the queries whose target (B, M) isn't -100."
+    @property
+    def config(self) -> XLNetConfig: return self.transformer.config
+
+    def scored(self, ids, targets, perm_mask, target_mapping, segments=None, mask=None, mems=None) -> tuple[torch.Tensor, torch.Tensor]:
+        "Logits (N, V) of the N queries of (B, M) whose target isn't -100, and these targets (N,)."
         if perm_mask is None or target_mapping is None: raise BookError("The loss needs a perm_mask and a target_mapping, or each prediction would see its own token: make them with permutation_batch.")
         if targets.shape != target_mapping.shape[:2]: raise BookError(f"targets have the shape {tuple(targets.shape)}, and target_mapping asks for {tuple(target_mapping.shape[:2])}: give one token for each prediction.")
         if not (asked := targets != -100).any(): raise BookError("No prediction of this batch has a target, so there is nothing to learn: give at least one that isn't -100.")
         x, _ = self.transformer(ids, segments, mask, perm_mask, target_mapping, mems)
-        return F.cross_entropy(self.lm_loss(x[asked]), targets[asked])
+        return self.lm_loss(x[asked]), targets[asked]
+
+    def loss(self, ids, targets, perm_mask, target_mapping, segments=None, mask=None, mems=None) -> torch.Tensor:
+        "Mean cross-entropy in nats of the queries whose target (B, M) isn't -100."
+        return F.cross_entropy(*self.scored(ids, targets, perm_mask, target_mapping, segments, mask, mems))
+
+    def save_pretrained(self, folder: Path):
+        "Write the model as `load_xlnet` and other libraries read it."
+        save_xlnet(self, folder)
 
 # %% ../nbs/02d_xlnet.ipynb #557b0c0d
 def permutation_batch(
