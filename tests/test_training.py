@@ -17,7 +17,9 @@ from llmbook import checkpointing
 from llmbook.checkpointing import (checkpoints, damage, load_checkpoint, newest_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer)
 from llmbook.corpora import BookError, TokenStream, synthetic_documents, write_stream
 from llmbook.gpt import GPT, GPTConfig
-from llmbook.training import TrainConfig, Trainer, check_run, differing, held_out_windows, plot_history, precision_seconds, read_log, unigram_entropy
+from llmbook.loop import Callback, TrainConfig, precision_seconds
+from llmbook.metrics import unigram_entropy
+from llmbook.training import Trainer, check_run, differing, held_out_windows, plot_history, read_log, token_bytes
 
 V = 130  # ASCII and one token that ends a document
 processes = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
@@ -58,7 +60,7 @@ def stop_at(trainer, step):
 
 
 def timeless(history):
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in history]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in history]
 
 
 def same(run, other):
@@ -282,7 +284,7 @@ def test_a_torn_log_is_cut(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
     assert [r["step"] for r in read_log(path)] == [1, 2]
-    assert [r["step"] for r in read_log(path, until=1)] == [1] and path.read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert [r["step"] for r in read_log(path, lines=1)] == [1] and path.read_text() == '{"step": 1, "loss": 2.0}\n'
     assert read_log(tmp_path / "none") == []
 
 
@@ -336,24 +338,151 @@ def test_nothing_is_left_behind_by_a_refusal(data, tmp_path):
     with pytest.raises(BookError, match="choose another folder"): make(data, tmp_path / "file").fit()
 
 
-@pytest.mark.parametrize("changes", [dict(steps=0), dict(batch_size=0), dict(context=-1), dict(accumulate=1.5), dict(precision="fp8"), dict(clip=0.0),
+@pytest.mark.parametrize("changes", [dict(steps=0), dict(batch_size=0), dict(context=-1), dict(accumulate=1.5), dict(precision="fp8"), dict(on_fault="pray"), dict(spike=0.0), dict(clip=0.0),
                                      dict(schedule="zigzag"), dict(warmup=10), dict(min_lr=1.0), dict(keep=0), dict(eval_every=0), dict(lr=-1.0), dict(lr=math.nan)])
 def test_configurations_that_make_no_sense(changes):
     with pytest.raises(BookError): TrainConfig(**{**dict(steps=10, batch_size=2, context=4), **changes})
 
 
+# Batches that must not be learned from
+
+def spoil(trainer, steps, factor):
+    "Multiply the training loss of some steps."
+    batch_loss = trainer.batch_loss
+    trainer.batch_loss = lambda inputs: batch_loss(inputs) * (factor if trainer.step in steps and trainer.model.training else 1.0)
+    return trainer
+
+
+def spoil_windows(trainer, position, factor=math.nan):
+    "Multiply the loss of the windows at one position of the sampler, whenever they come."
+    batch_loss = trainer.batch_loss
+    trainer.batch_loss = lambda inputs: batch_loss(inputs) * (factor if trainer.sampler.position == position and trainer.model.training else 1.0)
+    return trainer
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 50.0])
+def test_a_bad_batch_is_left_out_and_named(data, tmp_path, poison):
+    trainer = spoil(make(data, tmp_path / "run", steps=40), {24}, poison)
+    before = []
+    move = trainer.move
+    trainer.move = lambda lr: (move(lr), before.append([p.clone() for p in trainer.model.parameters()]))
+    history = trainer.fit()
+    out = [row for row in history if "skipped" in row]
+    assert [row["step"] for row in out] == [25] and set(out[0]["batch"]) == {"seed", "epoch", "position"} and "loss" not in out[0]
+    assert len(before) == 39 and all(p.isfinite().all() for p in trainer.model.parameters())
+    assert [row["step"] for row in history if "loss" in row or "skipped" in row] == list(range(1, 41))
+    trainer.sampler.load_state_dict(out[0]["batch"])
+    assert trainer.sampler.next().shape == (2, 17)
+    for line in (tmp_path / "run/log.jsonl").read_text().splitlines(): json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_before_the_weights(data, tmp_path, poison):
-    trainer = make(data, tmp_path)
-    batch_loss = trainer.batch_loss
-    trainer.batch_loss = lambda batch: batch_loss(batch) * (poison if trainer.step == 4 and trainer.model.training else 1.0)
+    trainer = spoil(make(data, tmp_path, on_fault="stop"), {4}, poison)
     with pytest.raises(BookError, match="Step 5 was stopped before it touched the weights"): trainer.fit()
     log = read_log(tmp_path / "log.jsonl")
     kept = [p.clone() for p in trainer.model.parameters()]
     assert log[-1]["step"] == 4 and all(p.isfinite().all() and p.grad is None for p in trainer.model.parameters())
-    again = stop_at(make(data, tmp_path), 4)
+    again = stop_at(make(data, tmp_path, on_fault="stop"), 4)
     again.fit()
     assert all(torch.equal(a, b) for a, b in zip(kept, again.model.parameters()))
+
+
+def test_faults_without_end_stop_the_run(data, tmp_path):
+    with pytest.raises(BookError, match="after 11 more such steps"): spoil(make(data, tmp_path, steps=60), set(range(9, 60)), math.nan).fit()
+
+
+@pytest.mark.parametrize("stop", [None, 4, 10, 13])
+def test_rolled_back_runs_resume_exactly(data, tmp_path, stop):
+    "The same bad windows are met, undone and passed whether or not the run was interrupted before or after."
+    def run(folder): return spoil_windows(make(data, folder, steps=24, on_fault="rollback", checkpoint_every=4), position=24)
+    straight = run(tmp_path / "straight").fit()
+    events = [row for row in straight if "rolled_back" in row]
+    assert [(row["step"], row["from"]) for row in events] == [(4, 6)]
+    assert [row["step"] for row in straight if "loss" in row] == list(range(1, 25))
+    if stop is None: return
+    stop_at(run(tmp_path / "twice"), stop).fit()
+    run(tmp_path / "twice").fit()
+    same(tmp_path / "twice", tmp_path / "straight")
+
+
+def test_rolling_back_in_vain_ends_in_a_sentence(data, tmp_path):
+    with pytest.raises(BookError, match="after 3 returns to"): spoil(make(data, tmp_path, on_fault="rollback"), {7}, math.nan).fit()
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_fp16_resumes_with_its_loss_scale(data, tmp_path, stop):
+    def run(folder):
+        trainer = make(data, folder, steps=20, precision="fp16")
+        trainer.scale.factor = 2.0**20
+        return trainer
+    history = run(tmp_path / "straight").fit()
+    assert any("overflowed fp16" in row.get("skipped", "") for row in history)
+    stop_at(run(tmp_path / "twice"), stop).fit()
+    run(tmp_path / "twice").fit()
+    same(tmp_path / "twice", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same(data, tmp_path):
+    plain, compiled = (make(data, tmp_path / str(c), steps=3, compile=c, gpt=dict(dropout=0.0)).fit() for c in (False, True))
+    for a, b in zip(plain, compiled): assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
+
+
+# Who looks on
+
+class Watcher(Callback):
+    def __init__(self, stop_at=None): self.seen, self.at = [], stop_at
+    def on_start(self, trainer): self.seen.append(("start", trainer.step))
+    def on_row(self, trainer, row):
+        self.seen.append(row)
+        if row["step"] == self.at and "loss" in row: trainer.stop = "enough is enough"
+    def on_end(self, trainer): self.seen.append(("end", trainer.step))
+
+
+def test_callbacks_see_every_line(data, tmp_path):
+    trainer, watcher = make(data, tmp_path), Watcher()
+    trainer.callbacks = [watcher]
+    assert watcher.seen[:0] == [] and trainer.fit() == watcher.seen[1:-1]
+    assert watcher.seen[0] == ("start", 0) and watcher.seen[-1] == ("end", 24)
+
+
+def test_a_callback_may_end_the_run_for_good(data, tmp_path):
+    trainer = make(data, tmp_path)
+    trainer.callbacks = [Watcher(stop_at=8)]
+    history = trainer.fit()
+    assert history[-1]["stopped"] == "enough is enough" and history[-1]["step"] == 8 and (tmp_path / "model").is_dir()
+    assert make(data, tmp_path).fit() == history  # it stays ended, also without the callback
+
+
+def test_the_best_model_is_kept(data, tmp_path):
+    torch.manual_seed(7)
+    trainer = make(data, tmp_path, steps=60, lr=0.3, schedule="constant", warmup=0, eval_every=5, clip=None, spike=None)  # far too fast: the end isn't the best
+    trainer.keep_best = True
+    history = trainer.fit()
+    losses = [row["valid_loss"] for row in history if "valid_loss" in row]
+    assert losses.index(min(losses)) < len(losses) - 1
+    best = make(data, tmp_path / "other")
+    best.model.load_state_dict(GPT.from_pretrained(tmp_path / "best").state_dict())
+    assert best.evaluate()["loss"] == pytest.approx(min(losses), abs=1e-5)
+
+
+def hold(data, run_dir, ready, release):
+    trainer = make(data, run_dir)
+    def wait(*_): ready.touch(), [time.sleep(0.02) for _ in iter(release.exists, True)]
+    trainer.record = wait
+    trainer.fit()
+
+
+def test_one_writer_at_a_time(data, tmp_path):
+    ready, release = tmp_path / "ready", tmp_path / "release"
+    process = start(data, tmp_path / "run", ready, release, target=hold)
+    while not ready.exists() and process.exitcode is None: time.sleep(0.02)
+    try:
+        with pytest.raises(BookError, match="Another process is training in"): make(data, tmp_path / "run").fit()
+    finally: process.kill(), process.join()
+    make(data, tmp_path / "run").fit()  # the dead process's lock is free
+    check_log(tmp_path / "run", 24)
 
 
 # Parts
