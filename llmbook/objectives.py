@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'MASK', 'SETTINGS', 'Objective', 'NextWord', 'MaskedWord', 'word_starts', 'word_ends', 'Permutation',
-           'tokens_predicted', 'objective', 'log_softmax', 'cross_entropy', 'mse']
+           'objective', 'tokens_predicted', 'log_softmax', 'cross_entropy', 'mse']
 
-# %% ../nbs/03a_objectives.ipynb #b1197a8c
+# %% ../nbs/03a_objectives.ipynb #ce1ad45b
 import torch
-import torch.nn.functional as F
 
 from .corpora import BookError
 from .tokenization import Tokenizer
 from .xlnet import permutation_batch
 
-# %% ../nbs/03a_objectives.ipynb #859e20a6
+# %% ../nbs/03a_objectives.ipynb #1417cc2b
 IGNORE = -100   # the target of a place that nothing is asked about
 
 
@@ -33,13 +32,14 @@ class Objective:
 
     def check(self, windows: torch.Tensor):
         "BookError unless the windows are whole numbers (B, T + 1)."
-        if windows.dim() != 2 or not windows.shape[0] or windows.shape[1] < 2 or windows.is_floating_point():
+        B, T = windows.shape if windows.dim() == 2 else (0, 0)
+        if B < 1 or T < 2 or windows.is_floating_point():
             raise BookError(f"The windows are {windows.dtype} of the shape {tuple(windows.shape)}: give token ids, "
                             "texts × (tokens + 1), at least one text of one token and the one after it.")
 
-# %% ../nbs/03a_objectives.ipynb #4e85b7bb
+# %% ../nbs/03a_objectives.ipynb #5ab4bada
 class NextWord(Objective):
-    "Each token from those before it (Shannon 1951; Radford et al. 2018, equation 1): for `GPT.loss`."
+    "Each token from those before it (Radford et al. 2018, equation 1): for `GPT.loss`."
     name = "next-word"
 
     def batch(self, windows, generator=None):
@@ -47,7 +47,7 @@ class NextWord(Objective):
         self.check(windows)
         return {"ids": windows[:, :-1], "targets": windows[:, 1:]}
 
-# %% ../nbs/03a_objectives.ipynb #5505d791
+# %% ../nbs/03a_objectives.ipynb #7e35e48d
 class MaskedWord(Objective):
     "Some tokens hidden, each from those on both sides (Devlin et al. 2018, section 3.1): for `BertForPreTraining.loss`."
     name = "masked-word"
@@ -61,89 +61,99 @@ class MaskedWord(Objective):
         random: float = 0.1,                        # of those become a random token; the rest stay as they are
         word_starts: torch.Tensor | None = None,    # (V,) bool, tokens that begin a word: whole words are hidden
         special: tuple[int, ...] = (),              # ids that are neither asked about nor drawn at random
-        word_ends: torch.Tensor | None = None,      # (V,) bool, tokens after which a word begins whatever it looks like
+        word_ends: torch.Tensor | None = None,      # (V,) bool, tokens after which a word begins in any case
     ):
         self.mask_id, self.share, self.mask, self.random = mask_id, share, mask, random
         self.check_settings(vocab_size, special, word_starts, word_ends)
         self.settings = dict(share=share, mask=mask, random=random, whole_words=word_starts is not None)
-        self.fixed = torch.zeros(vocab_size, dtype=torch.bool)                  # (V,): never hidden, never drawn
+        self.fixed = torch.zeros(vocab_size, dtype=torch.bool)          # (V,): never hidden, never drawn
         self.fixed[[mask_id, *special]] = True
-        self.ordinary = (~self.fixed).nonzero().squeeze(1)                      # ids that may be drawn
-        if not len(self.ordinary): raise BookError("All tokens of the vocabulary are special: name only those that aren't text.")
+        self.ordinary = (~self.fixed).nonzero().squeeze(1)              # ids that may be drawn
+        if not len(self.ordinary):
+            raise BookError("All tokens of the vocabulary are special: name only those that aren't text.")
         self.starts = None if word_starts is None else word_starts.cpu() | self.fixed
         self.ends = self.fixed if word_ends is None else word_ends.cpu() | self.fixed
 
-    def check_settings(self, V: int, special, *edges):
+    def check_settings(self, V: int, special, *tables):
         "BookError for a share or an id that can't be used."
         if not 0 < self.share < 1:
             raise BookError(f"share={self.share} can't be used: hide more than 0 and less than 1 of the tokens.")
-        if self.mask < 0 or self.random < 0 or not self.mask + self.random <= 1 + 1e-9:
+        if not (self.mask >= 0 and self.random >= 0 and self.mask + self.random <= 1 + 1e-9):
             raise BookError(f"mask={self.mask} and random={self.random} aren't shares of the hidden tokens: "
                             "give two numbers of at least 0 that make at most 1.")
         for i in (self.mask_id, *special):
-            if not 0 <= i < V: raise BookError(f"The id {i} is outside the vocabulary 0…{V - 1}: use the ids of the model's tokenizer.")
-        for edge in edges:
-            if edge is not None and (edge.shape != (V,) or edge.dtype != torch.bool):
-                raise BookError(f"A table of words is {edge.dtype} of the shape {tuple(edge.shape)}, and must be boolean ({V},): make it with word_starts(tokenizer).")
+            if not 0 <= i < V:
+                raise BookError(f"The id {i} is outside the vocabulary 0…{V - 1}: use the ids of the model's tokenizer.")
+        for table in tables:
+            if table is not None and (table.shape != (V,) or table.dtype != torch.bool):
+                raise BookError(f"A table of words is {table.dtype} of the shape {tuple(table.shape)}, and must be "
+                                f"boolean ({V},): make it with word_starts(tokenizer).")
 
     def words(self, ids: torch.Tensor) -> torch.Tensor:
         "The number of each token's word in its row, from 0: (B, T) → (B, T)."
         begins = self.starts[ids]
-        begins[:, 0] = False                                                    # it is word 0 anyway
+        begins[:, 0] = False                                            # it is word 0 anyway
         begins[:, 1:] |= self.ends[ids[:, :-1]]
         return begins.cumsum(1)
 
     def choose(self, ids: torch.Tensor, generator=None) -> torch.Tensor:
         "Which tokens (B, T) are asked about: each, or each word, with the probability `share`, and at least one."
-        lot = torch.rand(ids.shape, generator=generator)                        # (B, T)
-        if self.starts is not None: lot = lot.gather(1, self.words(ids))        # one lot a word
-        lot = lot.masked_fill(self.fixed[ids], 2.0)                             # 2: never drawn
-        if lot.min() == 2: raise BookError("All tokens of this batch are special, so none can be hidden: give windows with text in them.")
+        lot = torch.rand(ids.shape, generator=generator)                # (B, T)
+        if self.starts is not None: lot = lot.gather(1, self.words(ids))
+        lot = lot.masked_fill(self.fixed[ids], 2.0)                     # never below the share
+        if lot.min() == 2:
+            raise BookError("All tokens of this batch are special, so none can be hidden: give windows with text in them.")
         return (lot < self.share) | (lot == lot.min())
 
     def batch(self, windows, generator=None):
         "ids (B, T) with tokens hidden, targets (B, T) that hold what was there and -100 where nothing is asked."
         self.check(windows)
-        ids = windows[:, :-1].cpu()                                             # (B, T)
-        if ids.min() < 0 or ids.max() >= len(self.fixed): raise BookError(f"A token id is outside 0…{len(self.fixed) - 1}: use the tokenizer that this objective was made for.")
+        ids = windows[:, :-1].cpu()                                     # (B, T)
+        if ids.min() < 0 or ids.max() >= len(self.fixed):
+            raise BookError(f"A token id is outside 0…{len(self.fixed) - 1}: use the tokenizer of this objective.")
         chosen, roll = self.choose(ids, generator), torch.rand(ids.shape, generator=generator)
         drawn = self.ordinary[torch.randint(len(self.ordinary), ids.shape, generator=generator)]
         hidden = torch.where(roll < self.mask, self.mask_id, torch.where(roll < self.mask + self.random, drawn, ids))
         out = {"ids": torch.where(chosen, hidden, ids), "targets": torch.where(chosen, ids, IGNORE)}
         return {name: t.to(windows.device) for name, t in out.items()}
 
-# %% ../nbs/03a_objectives.ipynb #e17e3762
-def _pieces(tokenizer: Tokenizer) -> list[bytes | None]:
-    "The bytes of every id; None for a number that no token has."
+# %% ../nbs/03a_objectives.ipynb #0045a472
+def _pieces(tokenizer: Tokenizer) -> list[str | None]:
+    "The text of every id; None for a number that no token has."
     def piece(i):
-        try: return tokenizer.decode_bytes([i])
+        try: return tokenizer.decode([i])
         except BookError: return None
     return [piece(i) for i in range(tokenizer.vocab_size)]
 
 
 def _in_word(char: str) -> bool:
-    "Letters, digits, and pieces of characters that are cut across tokens."
+    "Is it a letter, a digit, or a part of a character whose bytes are in several tokens?"
     return char.isalnum() or char == "�"
 
 
-def word_starts(tokenizer: Tokenizer) -> torch.Tensor:  # (V,) bool
-    "Tokens that begin a word wherever they stand: those that don't go on with a letter, a digit, or an 's."
-    def starts(text): return not _in_word(text[:1] if text[:1] != "'" else text[1:2])
-    return torch.tensor([p is None or starts(p.decode(errors="replace")) for p in _pieces(tokenizer)])
+def word_starts(
+    tokenizer: Tokenizer,   # a byte-level one
+) -> torch.Tensor:          # (V,) bool
+    "Tokens that begin a word wherever they stand: all but those that go on with a letter, a digit, or an 's."
+    def starts(piece): return not _in_word(piece[1:2] if piece[:1] == "'" else piece[:1])
+    return torch.tensor([p is None or starts(p) for p in _pieces(tokenizer)])
 
 
-def word_ends(tokenizer: Tokenizer) -> torch.Tensor:    # (V,) bool
-    "Tokens after which a word begins even without a space: line ends, brackets and other signs."
-    def ends(text): return not _in_word(text[-1:]) and text[-1:] != " "        # a lone space belongs to the word after it
-    return torch.tensor([p is None or ends(p.decode(errors="replace")) for p in _pieces(tokenizer)])
+def word_ends(
+    tokenizer: Tokenizer,   # a byte-level one
+) -> torch.Tensor:          # (V,) bool
+    "Tokens after which a word begins even without a space: line breaks, brackets and other signs."
+    def ends(piece): return not _in_word(piece[-1:]) and piece[-1:] != " "  # a lone space belongs to what follows
+    return torch.tensor([p is None or ends(p) for p in _pieces(tokenizer)])
 
-# %% ../nbs/03a_objectives.ipynb #21f7b972
+# %% ../nbs/03a_objectives.ipynb #823dd7d1
 class Permutation(Objective):
-    "Each text in a random order, its last tokens from those before them in it (Yang et al. 2019): for `XLNetLM.loss`."
+    "Each text in a random order, its last tokens from those before them in it (Yang et al. 2019, section 2.3): for `XLNetLM.loss`."
     name = "permutation"
 
     def __init__(self, K: int = 6):     # one token in K is predicted
-        if not isinstance(K, int) or K < 2: raise BookError(f"K={K!r} can't be used: predict one token in 2 or more, a whole number.")
+        if not isinstance(K, int) or K < 2:
+            raise BookError(f"K={K!r} can't be used: predict one token in 2 or more, a whole number.")
         self.K, self.settings = K, {"K": K}
 
     def batch(self, windows, generator=None):
@@ -151,17 +161,8 @@ class Permutation(Objective):
         self.check(windows)
         return permutation_batch(windows[:, :-1], self.K, generator)
 
-# %% ../nbs/03a_objectives.ipynb #5246bdc8
-def tokens_predicted(
-    batch: dict[str, torch.Tensor],     # what an objective made
-) -> int:
-    "How many tokens a batch asks for: the number of terms in the mean that `loss` takes."
-    return int((batch["targets"] != IGNORE).sum())
-
-
-MASK = "<mask>"     # the name of the special token that hides others
-
-
+# %% ../nbs/03a_objectives.ipynb #6f76ed41
+MASK = "<mask>"     # the special token that hides others
 SETTINGS = {"next-word": (), "masked-word": ("share", "mask", "random", "whole_words"), "permutation": ("K",)}
 
 
@@ -171,46 +172,58 @@ def objective(
     **settings,                 # masked-word: `share`, `mask`, `random`, `whole_words`; permutation: `K`
 ) -> Objective:
     "An objective by its name; BookError names the three, and what each can be told."
-    if name not in SETTINGS: raise BookError(f"There is no objective {name!r}: choose next-word, masked-word or permutation.")
+    if name not in SETTINGS:
+        raise BookError(f"There is no objective {name!r}: choose next-word, masked-word or permutation.")
     for key in settings.keys() - set(SETTINGS[name]):
         raise BookError(f"The objective {name} has no setting {key!r}: it takes {', '.join(SETTINGS[name]) or 'none'}.")
     if name != "masked-word": return {"next-word": NextWord, "permutation": Permutation}[name](**settings)
     if MASK not in tokenizer.special:
-        raise BookError(f"This tokenizer has no {MASK} to hide tokens with: train it with special=(\"<|endoftext|>\", \"{MASK}\").")
+        raise BookError(f'This tokenizer has no {MASK} to hide tokens with: train it with special=("<|endoftext|>", "{MASK}").')
     unused = [i for i, p in enumerate(_pieces(tokenizer)) if p is None]
-    edges = dict(word_starts=word_starts(tokenizer), word_ends=word_ends(tokenizer)) if settings.pop("whole_words", False) else {}
+    whole = settings.pop("whole_words", False)
+    edges = dict(word_starts=word_starts(tokenizer), word_ends=word_ends(tokenizer)) if whole else {}
     return MaskedWord(tokenizer.special[MASK], tokenizer.vocab_size, special=(*tokenizer.special.values(), *unused), **edges, **settings)
 
-# %% ../nbs/03a_objectives.ipynb #2f189e85
+# %% ../nbs/03a_objectives.ipynb #3be2b37c
+def tokens_predicted(
+    batch: dict[str, torch.Tensor],     # what an objective made
+) -> int:
+    "How many tokens a batch asks for: the number of terms in the mean that `loss` takes."
+    return int((batch["targets"] != IGNORE).sum())
+
+# %% ../nbs/03a_objectives.ipynb #46fa7fc9
 def log_softmax(
     logits: torch.Tensor,   # (…, V)
 ) -> torch.Tensor:          # (…, V)
-    "The logarithms of the probabilities, safe for logits of any size: xᵥ − m − log Σ exp(x − m), m = max x."
+    "The logarithms of the probabilities, safe for scores of any size: x − m − log Σ exp(x − m), m = max x."
     shifted = logits - logits.detach().amax(-1, keepdim=True)
     return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
-
+# %% ../nbs/03a_objectives.ipynb #3e8a1ff7
 def cross_entropy(
     logits: torch.Tensor,           # (…, V)
     targets: torch.Tensor,          # (…), ids, or `ignore_index` where nothing is asked
     label_smoothing: float = 0.0,   # ε: the target is 1 − ε at the true token plus ε/V everywhere
     ignore_index: int = IGNORE,     # targets that don't count
 ) -> torch.Tensor:                  # a number, nats a token
-    "Mean of −log p(target) over the targets that count (label smoothing: Szegedy et al. 2016, section 7)."
+    "Mean of −log p(target) over the targets that count; BookError if none does."
     asked = targets != ignore_index
-    if logits.shape[:-1] != targets.shape: raise BookError(f"The logits are {tuple(logits.shape)} and the targets {tuple(targets.shape)}: give one target for each row of logits.")
-    if not asked.any(): raise BookError("No target counts, so the mean over them doesn't exist: give at least one that isn't ignored.")
+    if logits.shape[:-1] != targets.shape:
+        raise BookError(f"The logits are {tuple(logits.shape)} and the targets {tuple(targets.shape)}: give one target for each row of logits.")
+    if not asked.any(): raise BookError("No target counts, so their mean doesn't exist: give at least one that isn't ignored.")
     if not 0 <= label_smoothing <= 1: raise BookError(f"label_smoothing={label_smoothing} can't be used: choose a share from 0 to 1.")
     logp, targets = log_softmax(logits[asked]), targets[asked]              # (N, V), (N,)
-    if targets.min() < 0 or targets.max() >= logp.shape[-1]: raise BookError(f"A target is outside 0…{logp.shape[-1] - 1}: the last size of the logits must be the vocabulary.")
+    if targets.min() < 0 or targets.max() >= logp.shape[-1]:
+        raise BookError(f"A target is outside 0…{logp.shape[-1] - 1}: the last size of the logits must be the vocabulary.")
     loss = -logp.gather(-1, targets[:, None]).mean()
     return (1 - label_smoothing) * loss - label_smoothing * logp.mean() if label_smoothing else loss
 
-# %% ../nbs/03a_objectives.ipynb #a1135807
+# %% ../nbs/03a_objectives.ipynb #233a49ef
 def mse(
     x: torch.Tensor,    # predictions, any shape
     y: torch.Tensor,    # what was true, the same shape
 ) -> torch.Tensor:      # a number
-    "Mean squared error; sizes that differ are an error, where broadcasting would give a number that means nothing."
-    if x.shape != y.shape: raise BookError(f"The shapes {tuple(x.shape)} and {tuple(y.shape)} differ: give one true number for each prediction.")
+    "Mean squared error; sizes that differ are a BookError, where broadcasting would give a meaningless number."
+    if x.shape != y.shape:
+        raise BookError(f"The shapes {tuple(x.shape)} and {tuple(y.shape)} differ: give one true number for each prediction.")
     return ((x - y) ** 2).mean()

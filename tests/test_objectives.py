@@ -125,7 +125,7 @@ def test_words_of_a_real_tokenizer(tokenizer):
     words = objective("masked-word", tokenizer, whole_words=True).words(ids)[0]
     found = [tokenizer.decode(ids[0][words == k]) for k in range(int(words.max()) + 1)]
     assert found == ["The", " king's", " men", " can't", " find", " 17", " apples", ".", "\n", "'", "Tis", " strange", ",", " said", ' "',
-                     "Anne", '"', " (", "twice", "):", " naïve", ",", " déjà", " vu", "!", " The", " King's", " men", "."]
+                     "Anne", '"', " (", "twice", "):", " naïve", ",", " déjà", " vu", "!", "\n", "The", " King's", " men", "."]
 
 
 def test_bytes_of_one_letter_stay_together():
