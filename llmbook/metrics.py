@@ -168,13 +168,13 @@ class TokenScores:
         targets: torch.Tensor,  # (...) tokens, or -100
         size: int = 0,  # bytes of text that the asked tokens stand for
     ) -> "TokenScores":
-        "Take in one batch; one without any target changes nothing."
+        "Take in one batch; one without any target adds no more than its bytes."
+        self.size += size
         if (targets == IGNORED).all(): return self
         scores, targets = asked_only(scores, targets)
         rank = target_rank(scores, targets)
         self.loss.add(F.cross_entropy(scores.float() if scores.dtype.itemsize < 4 else scores, targets, reduction="none"))
         self.hits.add(rank < 1), self.top_k.add(rank < self.k)
-        self.size += size
         return self
 
     def merge(self, other: "TokenScores") -> "TokenScores":

@@ -70,7 +70,7 @@ def test_curve_equals_scikit_learn_with_ties(examples):
 @given(st.integers(2, 30), st.integers(1, 12), st.integers(2, 20), st.integers(1, 9), st.floats(0, 0.95), st.integers(0, 2**31))
 def test_batches_equal_one_go(B, T, V, size, padding, seed):
     generator = torch.Generator().manual_seed(seed)
-    scores, targets = torch.randn(B, T, V, generator=generator), torch.randint(V, (B, T), generator=generator)
+    scores, targets = torch.randn(B, T, V, generator=generator, dtype=torch.float64), torch.randint(V, (B, T), generator=generator)
     targets[torch.rand(B, T, generator=generator) < padding] = IGNORED
     targets[0, 0] = 0
     whole, parts, other, table = TokenScores().add(scores, targets, B).value, TokenScores(), TokenScores(), Confusion(V)
