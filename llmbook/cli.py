@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'CorporaList', 'CorporaShow', 'CorporaFetch', 'file_documents', 'consecutive_pieces', 'Pretrain',
-           'streamed_text', 'Generate', 'SiteCommand', 'NotebooksRun', 'NotebooksCheck', 'Bench', 'Corpora',
+           'streamed_text', 'Generate', 'SiteCommand', 'NotebooksRun', 'NotebooksCheck', 'Bench', 'Runs', 'Corpora',
            'Notebooks', 'main']
 
 # %% ../nbs/A3_cli.ipynb #f44d0ae9
@@ -310,6 +310,28 @@ class Bench:
         results = run_benchmarks(self.names, self.repeats)
         print(json.dumps(results, indent=1) if self.json else report(results))
 
+@dataclass
+class Runs:
+    """Compare training runs: steps, best held-out loss, speed, time, and the settings that differ.
+
+    Examples:
+    llmbook runs runs
+    llmbook runs runs --json
+    """
+    folder: tyro.conf.Positional[Path] = Path("runs")  # looked through with all folders below it
+    json: bool = False              # print JSON instead of a table
+
+    def run(self):
+        from llmbook.monitoring import compare, runs
+        table = compare(runs(self.folder))
+        if self.json: return print(json.dumps(table, indent=1, ensure_ascii=False))
+        lines = [[str(v) for k, v in row.items() if k != "remark"] for row in table]
+        lines = [[k for k in table[0] if k != "remark"], *lines]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        for line in lines: print("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
+        for row in table:
+            if row["remark"]: print(row["remark"])
+
 # %% ../nbs/A3_cli.ipynb #511d2324
 _sub = tyro.conf.subcommand
 _Corpora = Union[Annotated[CorporaList, _sub("list")], Annotated[CorporaShow, _sub("show")], Annotated[CorporaFetch, _sub("fetch")]]
@@ -329,7 +351,7 @@ class Notebooks:
     def run(self): self.action.run()
 
 COMMANDS = Union[Annotated[Corpora, _sub("corpora")], Annotated[Pretrain, _sub("pretrain")], Annotated[Generate, _sub("generate")],
-                 Annotated[SiteCommand, _sub("site")], Annotated[Notebooks, _sub("notebooks")], Annotated[Bench, _sub("bench")]]
+                 Annotated[SiteCommand, _sub("site")], Annotated[Notebooks, _sub("notebooks")], Annotated[Bench, _sub("bench")], Annotated[Runs, _sub("runs")]]
 
 # %% ../nbs/A3_cli.ipynb #f6509582
 _HELP = """Train large language models, from raw text to a chat model.

@@ -25,7 +25,7 @@ def test_the_version():
     assert done.returncode == 0 and done.stdout.startswith("llmbook ")
 
 
-@pytest.mark.parametrize("command", [[], ["corpora"], ["corpora", "list"], ["corpora", "show"], ["corpora", "fetch"], ["pretrain"], ["generate"], ["site"], ["notebooks", "run"], ["notebooks", "check"], ["bench"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["corpora"], ["corpora", "list"], ["corpora", "show"], ["corpora", "fetch"], ["pretrain"], ["generate"], ["site"], ["notebooks", "run"], ["notebooks", "check"], ["bench"], ["runs"]], ids=" ".join)
 def test_every_command_has_help_with_an_example(command):
     done = llmbook(*command, "--help")
     assert done.returncode == 0
@@ -78,6 +78,19 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert process.returncode in (0, 130) and "Traceback" not in err, err
     kept = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.startswith("step-")]
     assert kept, "the interrupted step was saved"
+
+
+def test_runs_are_compared(tmp_path):
+    run = ["pretrain", "--data", "synthetic", "--steps", 20, *TINY]
+    for name, lr in (("slow", 1e-4), ("fast", 3e-3)): assert llmbook(*run, "--run-dir", tmp_path / "runs" / name, "--lr", lr).returncode == 0
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/log.jsonl").write_text("{")
+    done = llmbook("runs", cwd=tmp_path)
+    assert done.returncode == 0 and "lr 0.0001" in done.stdout and "lr 0.003" in done.stdout and done.stdout.splitlines()[-1].startswith("broken: "), done.stdout + done.stderr
+    table = json.loads(llmbook("runs", tmp_path / "runs", "--json").stdout)
+    assert [row["run"] for row in table] == ["broken", "fast", "slow"] and table[1]["steps"] == "20 of 20"
+    nothing = llmbook("runs", tmp_path / "none")
+    assert nothing.returncode == 2 and nothing.stderr.startswith("llmbook: ")
 
 
 def test_files_become_documents(tmp_path):
