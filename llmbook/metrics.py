@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'asked_only', 'check_classes', 'target_rank', 'accuracy', 'confusion_matrix', 'Scores', 'class_scores',
-           'perplexity', 'bits_per_byte', 'Mean', 'TokenScores', 'Confusion', 'Interval', 'bootstrap',
-           'redraw_confusion', 'precision_recall_curve', 'average_precision']
+           'perplexity', 'unigram_entropy', 'bits_per_byte', 'Mean', 'TokenScores', 'Confusion', 'Interval',
+           'bootstrap', 'redraw_confusion', 'precision_recall_curve', 'average_precision']
 
-# %% ../nbs/03ba_metrics.ipynb #d0b80aa4
+# %% ../nbs/03ba_metrics.ipynb #138c7dfa
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .corpora import BookError
+from .corpora import BookError, TokenStream
 
 # %% ../nbs/03ba_metrics.ipynb #697da9df
 IGNORED = -100  # the target of a position that asks nothing
@@ -122,6 +122,18 @@ def perplexity(
     if tokens < 1: raise BookError("A perplexity needs at least one predicted token: evaluate on some text.")
     return math.exp(nats / tokens) if nats / tokens < 709 else math.inf
 
+# %% ../nbs/03ba_metrics.ipynb #dea0da8e
+def unigram_entropy(
+    stream: TokenStream,  # the tokens that are predicted
+    known: TokenStream | None = None,  # where the frequencies are counted; None: on `stream` itself
+) -> float:  # nats per token
+    "The loss of guessing from token frequencies alone, context unseen: −Σ q(v) ln p(v), where q is the stream's own share of v."
+    counts = np.bincount(stream.tokens, minlength=stream.vocab_size)
+    q = counts / counts.sum()
+    if known is None: return float(-(q[q > 0] * np.log(q[q > 0])).sum())
+    seen = np.bincount(known.tokens, minlength=stream.vocab_size) + 0.5  # half a count each, so that no token is impossible
+    return float(-(q * np.log(seen / seen.sum())).sum())
+
 # %% ../nbs/03ba_metrics.ipynb #2baaade2
 def bits_per_byte(
     nats: float,  # sum of −ln p over the tokens of a text
@@ -131,7 +143,7 @@ def bits_per_byte(
     if size < 1: raise BookError("Bits per byte need at least one byte of text: evaluate on some text.")
     return nats / math.log(2) / size
 
-# %% ../nbs/03ba_metrics.ipynb #1cbb1e78
+# %% ../nbs/03ba_metrics.ipynb #24561dc3
 @dataclass
 class Mean:
     "A mean that grows: total and weight."

@@ -338,7 +338,7 @@ def test_nothing_is_left_behind_by_a_refusal(data, tmp_path):
     with pytest.raises(BookError, match="choose another folder"): make(data, tmp_path / "file").fit()
 
 
-@pytest.mark.parametrize("changes", [dict(steps=0), dict(batch_size=0), dict(context=-1), dict(accumulate=1.5), dict(precision="fp8"), dict(on_fault="pray"), dict(spike=0.0), dict(clip=0.0),
+@pytest.mark.parametrize("changes", [dict(steps=0), dict(batch_size=0), dict(context=-1), dict(accumulate=1.5), dict(precision="fp8"), dict(on_fault="pray"), dict(spike=0.0), dict(optimizer="adamm"), dict(clip=0.0),
                                      dict(schedule="zigzag"), dict(warmup=10), dict(min_lr=1.0), dict(keep=0), dict(eval_every=0), dict(lr=-1.0), dict(lr=math.nan)])
 def test_configurations_that_make_no_sense(changes):
     with pytest.raises(BookError): TrainConfig(**{**dict(steps=10, batch_size=2, context=4), **changes})
