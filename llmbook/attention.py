@@ -38,7 +38,7 @@ def attention_loop(
         out[b, h, t] = weights @ v[b, h, seen]
     return out
 
-# %% ../nbs/02a_attention.ipynb #309f5054
+# %% ../nbs/02a_attention.ipynb #a05a4617
 def attention(
     q: torch.Tensor,                        # (B, H, T, D)
     k: torch.Tensor,                        # (B, H, S, D)

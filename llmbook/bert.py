@@ -107,7 +107,7 @@ class BertLayer(nn.Module):
         x = self.attention["output"](self.attention["self"](x, mask), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
-# %% ../nbs/02c_bert.ipynb #dbfeaa8d
+# %% ../nbs/02c_bert.ipynb #b7348f99
 class Bert(nn.Module):
     "An encoder of the BERT family (Devlin et al. 2018): a vector for each token, seen from both sides."
     def __init__(self, config: BertConfig, pooler: bool = True):

@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'FAMILIES', 'HOFFMANN', 'BESIROGLU', 'REPEATED', 'EXCESS', '
            'candidate', 'grid', 'spoken', 'sized', 'enough', 'lacks', 'Trial', 'tokens_read', 'attempt', 'search',
            'binding', 'published', 'Reason', 'Plan', 'why_family', 'why_shape', 'why_not', 'choose']
 
-# %% ../nbs/02f_choosing.ipynb #47c200f5
+# %% ../nbs/02f_choosing.ipynb #fbd66c5f
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
@@ -22,7 +22,7 @@ from .sizing import (DEVICES, MODELS, Device, cache_bytes, forward_flops, matrix
                             predicted, training_flops, training_memory, widths, window)
 from .xlnet import XLNetConfig
 
-# %% ../nbs/02f_choosing.ipynb #fcd3eee4
+# %% ../nbs/02f_choosing.ipynb #8bcfc11e
 TASKS = {
     "generate": "write the next token, again and again",
     "understand": "say something about every token: tag it, mark an answer's start and end",
@@ -39,7 +39,7 @@ def known_task(task: str) -> str:
         raise BookError(f"There is no task {task!r}: choose one of {', '.join(TASKS)}.")
     return task
 
-# %% ../nbs/02f_choosing.ipynb #89d2d937
+# %% ../nbs/02f_choosing.ipynb #c5091028
 @singledispatch
 def answer_flops(
     config,  # a model's configuration
@@ -59,7 +59,7 @@ def _(config: GPTConfig, task: str, context: int | None = None, words: int = 1):
     return {"generate": body + head, "score": score, "fill in": words * config.vocab_size * score, "classify": T * body, "embed": T * body,
             "understand": math.inf}[known_task(task)]
 
-# %% ../nbs/02f_choosing.ipynb #b8098a3b
+# %% ../nbs/02f_choosing.ipynb #f315aef1
 @answer_flops.register
 def _(config: BertConfig, task: str, context: int | None = None, words: int = 1):
     T, parts, weights = window(config, context), forward_flops(config, context), matrix_weights(config)
@@ -67,7 +67,7 @@ def _(config: BertConfig, task: str, context: int | None = None, words: int = 1)
     return {"generate": body + blank, "fill in": words * (body + blank), "score": words * (body + blank), "understand": body, "embed": body,
             "classify": body + 2 * weights["pooler"]}[known_task(task)]
 
-# %% ../nbs/02f_choosing.ipynb #8dbe7dde
+# %% ../nbs/02f_choosing.ipynb #352970fc
 def query_flops(
     config: XLNetConfig,  # an XLNet configuration
     T: int,  # tokens of content
@@ -87,7 +87,7 @@ def _(config: XLNetConfig, task: str, context: int | None = None, words: int = 1
     return {"generate": query_flops(config, T, 1), "fill in": words * query_flops(config, T, 1), "score": query_flops(config, T, words),
             "understand": body, "classify": body, "embed": body}[known_task(task)]
 
-# %% ../nbs/02f_choosing.ipynb #b276b283
+# %% ../nbs/02f_choosing.ipynb #62d7dc21
 FAMILIES = {"decoder": GPTConfig, "encoder": BertConfig, "XLNet": XLNetConfig}
 
 
@@ -102,7 +102,7 @@ def shape(
     sizes = dict(vocab_size=vocab, n_layer=layers, n_head=heads, n_embd=64 * heads, dropout=0.0)
     return FAMILIES[family](**sizes, **({} if family == "XLNet" else {"context": context}))
 
-# %% ../nbs/02f_choosing.ipynb #07d10ce5
+# %% ../nbs/02f_choosing.ipynb #9a34da4b
 def sight(
     family: str,  # a key of `FAMILIES`
     task: str,  # one of `TASKS`
@@ -111,7 +111,7 @@ def sight(
     "Share of the pairs of tokens that the vectors know of; 1 where the task itself goes from left to right."
     return (context + 1) / (2 * context) if family == "decoder" and known_task(task) not in ("generate", "score") else 1.0
 
-# %% ../nbs/02f_choosing.ipynb #3333a989
+# %% ../nbs/02f_choosing.ipynb #7e9a52e2
 class Family(NamedTuple):
     "One family's two numbers for a task."
     name: str
@@ -129,7 +129,7 @@ def families(
     found = [Family(f, sight(f, task, context), answer_flops(shape(f, 6, 6, vocab, context), task, context, words)) for f in FAMILIES]
     return sorted(found, key=lambda f: (f.price > 1000 * min(g.price for g in found), -f.sight, f.price))
 
-# %% ../nbs/02f_choosing.ipynb #266afc9d
+# %% ../nbs/02f_choosing.ipynb #deebfe67
 @dataclass(frozen=True)
 class LossFit:
     "A fit of the loss in nats per token, after Hoffmann et al. 2022, equation 10."
@@ -153,7 +153,7 @@ class LossFit:
 HOFFMANN = LossFit(1.69, 406.4, 410.7, 0.34, 0.28)
 BESIROGLU = LossFit(1.8172, 482.01, 2085.43, 0.3478, 0.3658)
 
-# %% ../nbs/02f_choosing.ipynb #e3c9971e
+# %% ../nbs/02f_choosing.ipynb #5c6de6a0
 REPEATED, EXCESS = 15.387756, 5.309743  # how fast repeated tokens and excess parameters lose their worth
 
 
@@ -176,7 +176,7 @@ def expected_loss(
     fresh = min(text, predicted_tokens)
     return fit.loss(worth(n, fit.optimal_parameters(fresh), EXCESS), worth(predicted_tokens, text, REPEATED))
 
-# %% ../nbs/02f_choosing.ipynb #3dac2e88
+# %% ../nbs/02f_choosing.ipynb #73abfd10
 BANDWIDTH = {"H100 SXM": 3.35e12, "A100 80GB": 2.039e12, "RTX 4090": 1.008e12, "two-core laptop": 51.2e9}  # bytes/s, data sheets; two channels of DDR4-3200
 
 
@@ -220,7 +220,7 @@ def answer_seconds(
     arithmetic = answer_flops(config, demand.task, demand.context, demand.words) / demand.rate
     return max(arithmetic, read / BANDWIDTH.get(demand.device.name, math.inf))
 
-# %% ../nbs/02f_choosing.ipynb #39b50d87
+# %% ../nbs/02f_choosing.ipynb #69eec758
 DEPTHS = (2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96)
 HEADS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 64, 96)
 BATCHES = (32, 16, 8, 4, 2, 1)
@@ -249,7 +249,7 @@ def grid(family: str, vocab: int, context: int, precision: str) -> tuple[Candida
              for L in DEPTHS for h in HEADS if 16 <= 64 * h / L <= 128]
     return tuple(sorted(found, key=lambda c: c.n))
 
-# %% ../nbs/02f_choosing.ipynb #897f46be
+# %% ../nbs/02f_choosing.ipynb #1b3f3584
 READINGS, STEPS, TUNING = 4, 100, 3  # readings of the text from nothing, steps at least, readings in fine-tuning
 
 
@@ -286,7 +286,7 @@ def lacks(c: Candidate, demand: Demand) -> str:
     have = {"memory": demand.limit, "seconds": demand.seconds, "text": demand.text, "latency": demand.latency}
     return " and ".join(f"{say[k][0](n)} {say[k][1]} ({say[k][0](have[k])} given)" for k, n in enough(c, demand).items())
 
-# %% ../nbs/02f_choosing.ipynb #c0bdfd94
+# %% ../nbs/02f_choosing.ipynb #14dd93de
 class Trial(NamedTuple):
     "One shape in one way of training; `fault` names what it needs of each limit that it breaks."
     candidate: Candidate
@@ -323,7 +323,7 @@ def attempt(
             return Trial(c, batch, recompute, size, tokens, loss)
     return Trial(c, fault=lacks(c, demand))
 
-# %% ../nbs/02f_choosing.ipynb #39c66103
+# %% ../nbs/02f_choosing.ipynb #35e260b7
 def search(
     demand: Demand,  # the limits
     shapes: tuple[Candidate, ...],  # to choose from
@@ -333,7 +333,7 @@ def search(
     rank = lambda t: -t.candidate.n if demand.pretrained else (t.loss, t.work)
     return min((t for t in trials if not t.fault), key=rank, default=None), trials
 
-# %% ../nbs/02f_choosing.ipynb #af009b5d
+# %% ../nbs/02f_choosing.ipynb #ece9c3dd
 def binding(
     demand: Demand,  # the limits
     shapes: tuple[Candidate, ...],  # to choose from
@@ -345,7 +345,7 @@ def binding(
     saved = {name: loss - search(replace(demand, **change), shapes)[0].loss for name, change in more.items()}
     return dict(sorted(((name, round(nats, 2)) for name, nats in saved.items()), key=lambda pair: -pair[1]))
 
-# %% ../nbs/02f_choosing.ipynb #f92d636d
+# %% ../nbs/02f_choosing.ipynb #89c9d4bf
 PUBLISHED = {  # name → (its shape, where it is)
     "MiniLM-L6": (BertConfig(30522, 6, 12, 384, dropout=0.0), "catalogue: minilm-l6"),
     "SmolLM2 135M": (MODELS["SmolLM2 135M"], "catalogue: smollm2-135m-instruct"),
@@ -368,7 +368,7 @@ def published(task: str, family: str, context: int, precision: str) -> tuple[Can
              if isinstance(c, FAMILIES[family]) and context <= getattr(c, "context", context) and name not in headless]
     return tuple(sorted(found, key=lambda c: c.n))
 
-# %% ../nbs/02f_choosing.ipynb #cb26191c
+# %% ../nbs/02f_choosing.ipynb #a593149a
 class Reason(NamedTuple):
     "One step of the argument."
     what: str

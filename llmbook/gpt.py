@@ -111,7 +111,7 @@ def filter_logits(
         logits = logits.index_fill(0, order[p.cumsum(0) - p >= top_p], float("-inf"))
     return logits
 
-# %% ../nbs/02b_gpt.ipynb #41918fb2
+# %% ../nbs/02b_gpt.ipynb #a4e4d092
 class Decoder(nn.Module):
     "A decoder of the GPT-2 or the Llama family (Radford et al. 2019; Touvron et al. 2023): tokens in, logits and loss out."
     SLICE = 1 << 24   # logits that are kept at once in `loss`

@@ -42,7 +42,7 @@ def write_folder(
         if folder.exists(): folder.rename(Path(tmp) / "old")   # goes with tmp, once the new one is in place
         whole.rename(folder)
 
-# %% ../nbs/02b0_pretrained.ipynb #216f897d
+# %% ../nbs/02b0_pretrained.ipynb #eacd6751
 def weight_files(
     folder: Path,  # with model.safetensors, or an index and its parts
 ) -> list[str]:
