@@ -38,7 +38,7 @@ def attention_loop(
         out[b, h, t] = weights @ v[b, h, seen]
     return out
 
-# %% ../nbs/02a_attention.ipynb #309f5054
+# %% ../nbs/02a_attention.ipynb #a05a4617
 def attention(
     q: torch.Tensor,                        # (B, H, T, D)
     k: torch.Tensor,                        # (B, H, S, D)
@@ -49,6 +49,7 @@ def attention(
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])           # (B, H, T, S)
     if mask is not None:
         if mask.shape[-2:] != scores.shape[-2:]: raise BookError(f"The mask is {tuple(mask.shape)}, but there are {scores.shape[-2]} queries and {scores.shape[-1]} keys: its last two sizes must be those.")
+        if mask.dtype != torch.bool: raise BookError(f"The mask holds {mask.dtype}: give booleans, True where a query may look.")
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1)
     return weights @ v, weights

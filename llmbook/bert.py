@@ -107,7 +107,7 @@ class BertLayer(nn.Module):
         x = self.attention["output"](self.attention["self"](x, mask), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
-# %% ../nbs/02c_bert.ipynb #dbfeaa8d
+# %% ../nbs/02c_bert.ipynb #b7348f99
 class Bert(nn.Module):
     "An encoder of the BERT family (Devlin et al. 2018): a vector for each token, seen from both sides."
     def __init__(self, config: BertConfig, pooler: bool = True):
@@ -127,10 +127,12 @@ class Bert(nn.Module):
 
     def check(self, ids, segments, mask):
         "BookError for inputs that don't fit the model or each other."
+        if ids.dim() != 2 or not ids.numel(): raise BookError(f"The ids have the shape {tuple(ids.shape)}: give texts × tokens, at least one of each.")
         if ids.shape[1] > self.config.context: raise BookError(f"{ids.shape[1]} tokens are longer than the model's {self.config.context} positions: cut the text.")
         if int(ids.max()) >= self.config.vocab_size or int(ids.min()) < 0: raise BookError(f"A token id is outside 0…{self.config.vocab_size - 1}: encode the text with the model's own tokenizer.")
         for name, t in (("segments", segments), ("mask", mask)):
             if t is not None and t.shape != ids.shape: raise BookError(f"{name} has the shape {tuple(t.shape)}, and the ids {tuple(ids.shape)}: give one value a token.")
+        if segments is not None and not 0 <= int(segments.min()) <= int(segments.max()) < self.config.segments: raise BookError(f"A segment is outside 0…{self.config.segments - 1}: the model knows {self.config.segments} kinds of text.")
 
     def pool(self, hidden: torch.Tensor) -> torch.Tensor:
         "One vector a text: (B, T, C) → (B, C)."

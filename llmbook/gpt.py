@@ -111,7 +111,7 @@ def filter_logits(
         logits = logits.index_fill(0, order[p.cumsum(0) - p >= top_p], float("-inf"))
     return logits
 
-# %% ../nbs/02b_gpt.ipynb #fa3ed9bc
+# %% ../nbs/02b_gpt.ipynb #bff035b4
 class Decoder(nn.Module):
     "A decoder of the GPT-2 or the Llama family (Radford et al. 2019; Touvron et al. 2023): tokens in, logits and loss out."
     SLICE = 1 << 24   # logits that are kept at once in `loss`
@@ -139,6 +139,7 @@ class Decoder(nn.Module):
 
     def start(self, ids: torch.Tensor, past: int = 0) -> tuple[torch.Tensor, tuple | None]:
         "The bottom of the stream, (B, T, C), and the rotary tables for these positions."
+        if ids.dim() != 2 or not ids.numel(): raise BookError(f"The ids have the shape {tuple(ids.shape)}: give texts × tokens, at least one of each.")
         T = ids.shape[1]
         if past + T > self.config.context: raise BookError(f"{past + T} tokens are longer than the model's context of {self.config.context}: shorten the text.")
         try: x = self.embed_tokens(ids)
@@ -168,6 +169,7 @@ class Decoder(nn.Module):
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         "Mean cross-entropy in nats over the targets (B, T) that aren't -100."
+        if targets.shape != ids.shape: raise BookError(f"The targets have the shape {tuple(targets.shape)}, and the ids {tuple(ids.shape)}: give one target a token.")
         x, targets = self.hidden(ids).flatten(0, 1), targets.flatten()                # (B·T, C), (B·T,)
         part = lambda x, y: F.cross_entropy(self.head(x), y, ignore_index=-100, reduction="sum")
         rows = max(1, self.SLICE // self.config.vocab_size)

@@ -8,7 +8,7 @@ __all__ = ['MODELS', 'PRECISIONS', 'DEVICES', 'widths', 'no_formulas', 'paramete
            'Precision', 'precision_named', 'kept_bytes', 'activations', 'kept_per_token', 'training_memory',
            'cache_bytes', 'Device', 'training_seconds', 'training_cost', 'matmul_peak']
 
-# %% ../nbs/02e_sizing.ipynb #a6bf2efe
+# %% ../nbs/02e_sizing.ipynb #e8ed9c62
 import math
 import time
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 
 from .bert import BertConfig
 from .corpora import BookError
-from .gpt import GPTConfig
+from .gpt import Decoder, GPTConfig
 from .xlnet import XLNetConfig
 
 # %% ../nbs/02e_sizing.ipynb #26ea8dd8
@@ -281,18 +281,21 @@ def _(config: BertConfig, context: int | None = None, training: bool = False, ba
     return {"residual": (2 * config.n_layer + 1) * (d + 2), "attention": config.n_layer * (5 * d + config.n_head),
             "mlp": config.n_layer * (d + 2 * inner), "head": head, "pooler": (d + 2 * training) / T}
 
-# %% ../nbs/02e_sizing.ipynb #1097296f
+# %% ../nbs/02e_sizing.ipynb #22b0e661
 @activations.register
 def _(config: XLNetConfig, context: int | None = None, training: bool = False, batch: int = 1):
     T, L, (d, _, inner) = window(config, context, batch), config.n_layer, widths(config)
     R, m, pairs = rows(config, T, training), predicted(config, T), config.n_head * T
     alone = R * (6 * d + pairs)  # input, q twice, k, v, output; weights
-    both = R * (5 * d + 3 * pairs) + L * (4 * d + d / T)  # three q; weights and distances; the content twice, k, v; segments
+    segments = d / T if config.n_head > 1 else d / (T * batch)  # copied for each sequence, or read in place
+    content = 2 * d if batch > 1 else 0  # copied for keys and for values
+    view = d if training and (batch == 1 or T <= 6) else 0  # T content rows that the last layer's queries keep alive
+    both = R * (5 * d + 3 * pairs) + L * (2 * d + content + segments) + view  # three q; weights and distances; k, v
     sight = (1 + m) * (T + 1) if training else 0  # who is of another segment, who sees nothing
     return {"residual": 2 * R * (d + 2), "attention": (both if training else alone) + 2 * L * d / batch,
             "mlp": R * (d + 2 * inner), "distances": 2 * d / batch, "sight": sight, "head": m * d if training else d}
 
-# %% ../nbs/02e_sizing.ipynb #b5ccba08
+# %% ../nbs/02e_sizing.ipynb #2e94a6bf
 def kept_per_token(
     config,  # a model's configuration
     p: Precision,  # bytes per value
@@ -315,12 +318,14 @@ def training_memory(
     precision: str = "fp32",  # a key of `PRECISIONS`
     recompute: bool = False,  # compute the layers' activations a second time instead of keeping them
 ) -> dict[str, int]:  # part -> bytes
-    "Bytes of a training step with Adam: weights, gradients, optimizer, and what is kept for the backward pass."
+    "Bytes of a training step with Adam: weights, gradients, optimizer, and what is kept at once for the backward pass."
     p, n, length = precision_named(precision), sum(parameters(config).values()), window(config, context, batch)
-    kept = kept_per_token(config, p, recompute, length, batch)
+    kept, logits = kept_per_token(config, p, recompute, length, batch), batch * length * predicted(config, length) * config.vocab_size
+    if isinstance(config, GPTConfig):
+        logits = min(logits, max(Decoder.SLICE, config.vocab_size))  # the loss takes one slice after another
     return {"weights": n * p.weights + sum(matrix_weights(config).values()) * p.copies, "gradients": n * p.gradients,
             "optimizer": n * p.optimizer, "activations": round(batch * length * kept),
-            "logits": round(batch * length * predicted(config, length) * config.vocab_size * 4)}
+            "logits": round(logits * 4)}
 
 # %% ../nbs/02e_sizing.ipynb #f70fbb82
 def cache_bytes(

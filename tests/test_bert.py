@@ -91,3 +91,10 @@ def test_bad_input_is_one_sentence():
     assert "hidden" in sentence(lambda: BertForPreTraining(model).loss(ids, torch.full_like(ids, -100)))
     assert "heads" in sentence(lambda: BertConfig(20, 1, 3, 8)) and "n_layer" in sentence(lambda: BertConfig(20, 0, 2, 8))
     assert "lacks" in sentence(lambda: bert_shape({"model_type": "bert", "vocab_size": 3}))
+
+
+def test_shapes_and_segments_that_make_no_sense_are_one_sentence():
+    model, ids = Bert(TINY), torch.zeros(2, 3, dtype=torch.long)
+    assert "texts × tokens" in sentence(lambda: model(ids[0])) and "texts × tokens" in sentence(lambda: model(ids[:, :0]))
+    assert "segment" in sentence(lambda: model(ids, segments=ids + 2)) and "segment" in sentence(lambda: model(ids, segments=ids - 1))
+    assert "mask" in sentence(lambda: model(ids, mask=torch.ones(2, 3, 3)))

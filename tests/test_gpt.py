@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llmbook.attention import attention
 from llmbook.corpora import BookError
 from llmbook.gpt import GPT, GPTConfig
 
@@ -244,6 +245,29 @@ def test_missing_folder_files_and_names(saved, tmp_path):
     refused(lambda: GPT.from_pretrained(tmp_path / "empty"), "config.json")
     (saved / "model.safetensors").unlink()
     refused(lambda: GPT.from_pretrained(saved), "model.safetensors")
+
+
+@pytest.mark.parametrize("index", [
+    b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}', b'{"weight_map": {"a": 3}}', b'{"weight_map": {"a": null}}', b"\xff\xfe",
+    b'{"weight_map": {"a": "../model.safetensors"}}', b'{"weight_map": {"a": "/etc/passwd"}}', b'{"weight_map": {"a": ".."}}'])
+def test_a_damaged_index_is_one_sentence(saved, index):
+    (saved / "model.safetensors.index.json").write_bytes(index)
+    refused(lambda: GPT.from_pretrained(saved), "model.safetensors.index.json")
+
+
+def test_an_index_names_a_missing_part(saved):
+    (saved / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2.safetensors"}}')
+    refused(lambda: GPT.from_pretrained(saved), "part-2.safetensors")
+
+
+def test_shapes_that_make_no_sense_are_one_sentence():
+    model, ids = build(SHAPE, 1).float(), torch.zeros(2, 3, dtype=torch.long)
+    refused(lambda: model(ids[0]), "texts × tokens")
+    refused(lambda: model(ids[:, :0]), "texts × tokens")
+    refused(lambda: model.loss(ids, ids[:, :2]), "targets")
+    q = torch.randn(1, 1, 3, 2)
+    refused(lambda: attention(q, q, q, torch.ones(3, 3)), "booleans")
+    refused(lambda: attention(q, q, q, torch.ones(2, 3, dtype=torch.bool)), "queries")
 
 
 @contextmanager
