@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['orthogonal', 'StackedMuon', 'matrices_and_rest', 'keep_pages']
 
-# %% ../nbs/03f_recipe.ipynb #1b4045d0
+# %% ../nbs/03f_recipe.ipynb #dc0794c4
 import ctypes
 import math
 import sys
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .corpora import BookError
 
-# %% ../nbs/03f_recipe.ipynb #56083322
+# %% ../nbs/03f_recipe.ipynb #6e0b883d
 def orthogonal(
     G: torch.Tensor,    # (…, R, C) matrices
     steps: int = 5,     # of the polynomial
@@ -30,7 +30,7 @@ def orthogonal(
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X.mT if tall else X
 
-# %% ../nbs/03f_recipe.ipynb #08e7e5bb
+# %% ../nbs/03f_recipe.ipynb #5384feac
 class StackedMuon(Optimizer):
     "Muon (Jordan et al. 2024) for matrices, those of equal shape in one batched product, in the weights' own precision."
     def __init__(
@@ -42,8 +42,10 @@ class StackedMuon(Optimizer):
         steps: int = 5,             # of the Newton–Schulz iteration
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
-        if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
+        if any(p.dim() < 2 for group in self.param_groups for p in group["params"]):
             raise BookError("StackedMuon moves matrices only: give vectors and embeddings to AdamW, as matrices_and_rest splits them.")
+        if not lr >= 0 or not 0 <= momentum < 1 or not weight_decay >= 0 or steps < 1:
+            raise BookError(f"lr={lr}, momentum={momentum}, weight_decay={weight_decay} and steps={steps} can't be used: momentum must be below 1, steps at least 1, and nothing negative.")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -55,26 +57,28 @@ class StackedMuon(Optimizer):
             for same in alike.values(): self.move(same, group)
 
     def move(self, same: list[torch.Tensor], group: dict):
-        "One step of N matrices of equal shape (R, C)."
+        "One step of N matrices of equal shape (R, C); a tensor (R, H, D) counts as (R, H·D)."
         for p in same:
             if not self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         means, grads = [self.state[p]["momentum_buffer"] for p in same], [p.grad for p in same]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-        ahead = torch.stack(grads).lerp_(torch.stack(means), group["momentum"])                # (N, R, C)
+        ahead = torch.stack(grads).lerp_(torch.stack(means), group["momentum"]).flatten(2)    # (N, R, C)
         torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-        size = 0.2 * math.sqrt(max(same[0].shape))
-        torch._foreach_add_(same, list(orthogonal(ahead, group["steps"])), alpha=-group["lr"] * size)
+        size = 0.2 * math.sqrt(max(ahead.shape[1:]))
+        moves = orthogonal(ahead, group["steps"]).view(len(same), *same[0].shape)
+        torch._foreach_add_(same, list(moves), alpha=-group["lr"] * size)
 
-# %% ../nbs/03f_recipe.ipynb #5017f3e0
+# %% ../nbs/03f_recipe.ipynb #2c28c5f8
 def matrices_and_rest(
-    model: nn.Module,   # a `GPT`, or another model whose blocks are in `layers`
+    model: nn.Module,   # any of the book's; its blocks are in `nn.ModuleList`s
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     "The matrices of the blocks, for Muon, and all other trainable parameters, for AdamW."
-    inside = {id(p) for p in model.layers.parameters() if p.dim() == 2}
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    inside = {id(p) for m in lists for name, p in m.named_parameters() if p.dim() >= 2 and not ("bias" in name or "embed" in name)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [p for p in trainable if id(p) in inside], [p for p in trainable if id(p) not in inside]
 
-# %% ../nbs/03f_recipe.ipynb #adabe5c3
+# %% ../nbs/03f_recipe.ipynb #9ef6f560
 def keep_pages() -> bool:   # whether the C library took the setting; others than glibc have none
     "Let this process reuse freed memory instead of returning it (glibc's mallopt: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)."
     if not sys.platform.startswith("linux"): return False
