@@ -30,9 +30,9 @@ def orthogonal(
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X.mT if tall else X
 
-# %% ../nbs/03f_recipe.ipynb #5384feac
+# %% ../nbs/03f_recipe.ipynb #391403c9
 class StackedMuon(Optimizer):
-    "Muon (Jordan et al. 2024) for matrices, those of equal shape in one batched product, in the weights' own precision."
+    "Muon (Jordan et al. 2024) for matrices, those of equal shape in one product, in the weights' own precision."
     def __init__(
         self,
         params,                     # matrices, or groups of them
@@ -43,9 +43,11 @@ class StackedMuon(Optimizer):
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
         if any(p.dim() < 2 for group in self.param_groups for p in group["params"]):
-            raise BookError("StackedMuon moves matrices only: give vectors and embeddings to AdamW, as matrices_and_rest splits them.")
+            raise BookError("StackedMuon moves matrices only: give vectors and embeddings to AdamW, "
+                            "as matrices_and_rest splits them.")
         if not lr >= 0 or not 0 <= momentum < 1 or not weight_decay >= 0 or steps < 1:
-            raise BookError(f"lr={lr}, momentum={momentum}, weight_decay={weight_decay} and steps={steps} can't be used: momentum must be below 1, steps at least 1, and nothing negative.")
+            raise BookError(f"lr={lr}, momentum={momentum}, weight_decay={weight_decay} and steps={steps} can't be used: "
+                            "momentum must be below 1, steps at least 1, and nothing negative.")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -68,13 +70,14 @@ class StackedMuon(Optimizer):
         moves = orthogonal(ahead, group["steps"]).view(len(same), *same[0].shape)
         torch._foreach_add_(same, list(moves), alpha=-group["lr"] * size)
 
-# %% ../nbs/03f_recipe.ipynb #2c28c5f8
+# %% ../nbs/03f_recipe.ipynb #c8bc214f
 def matrices_and_rest(
     model: nn.Module,   # any of the book's; its blocks are in `nn.ModuleList`s
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     "The matrices of the blocks, for Muon, and all other trainable parameters, for AdamW."
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    inside = {id(p) for m in lists for name, p in m.named_parameters() if p.dim() >= 2 and not ("bias" in name or "embed" in name)}
+    named = [pair for m in lists for pair in m.named_parameters()]
+    inside = {id(p) for name, p in named if p.dim() >= 2 and not ("bias" in name or "embed" in name)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [p for p in trainable if id(p) in inside], [p for p in trainable if id(p) not in inside]
 
