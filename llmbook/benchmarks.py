@@ -107,13 +107,13 @@ def bpe_encode_first():
              "merging each different word once, s": _seconds(lambda: [book.encode(w) for w in new])}
     return lambda: fresh().encode(text), lambda: rust.encode(text), len(text.encode()) / 1e6, notes
 
-# %% ../nbs/A4_benchmarks.ipynb #b27d8fbe
+# %% ../nbs/A4_benchmarks.ipynb #643459b4
 def _book_loop(precision: str):
     "The Trainer's loop around a GPT of ten million parameters."
     import torch
 
     from llmbook.gpt import GPT, GPTConfig
-    from llmbook.training import Loop, TrainConfig
+    from llmbook.loop import Loop, TrainConfig
     torch.manual_seed(0)
     model = GPT(GPTConfig.gpt2(vocab_size=4096, context=256, n_layer=7, n_head=5, n_embd=320))
     stream = write_stream(Path(tempfile.mkdtemp()) / "s", synthetic_documents(4000), lambda d: list(d.encode()), 256, 4096, progress=False)

@@ -106,7 +106,7 @@ def consecutive_pieces(
         have += len(line)
     return ["".join(lines) for lines in out if lines]
 
-# %% ../nbs/A3_cli.ipynb #86499aa2
+# %% ../nbs/A3_cli.ipynb #9e458981
 @dataclass
 class Pretrain:
     """Train a tokenizer and a GPT on text, into one folder; the same command again resumes.
@@ -153,7 +153,9 @@ class Pretrain:
         import torch
 
         from llmbook.gpt import GPT, GPTConfig
-        from llmbook.training import TrainConfig, Trainer, unigram_entropy
+        from llmbook.loop import TrainConfig
+        from llmbook.metrics import unigram_entropy
+        from llmbook.training import Trainer
         config = TrainConfig(self.steps, self.batch_size, self.context, self.accumulate, self.lr, schedule=self.schedule, precision=self.precision, seed=self.seed)
         tokenizer, train, valid = self.prepare()
         torch.manual_seed(self.seed)
@@ -235,7 +237,7 @@ def _questions() -> Iterator[str]:
         if not line: return
         yield line
 
-# %% ../nbs/A3_cli.ipynb #4422311e
+# %% ../nbs/A3_cli.ipynb #2706dfd0
 @dataclass
 class SiteCommand:
     """Build the site from executed notebooks, and read it.
@@ -332,7 +334,7 @@ class Runs:
         for row in table:
             if row["remark"]: print(row["remark"])
 
-# %% ../nbs/A3_cli.ipynb #511d2324
+# %% ../nbs/A3_cli.ipynb #ab12b956
 _sub = tyro.conf.subcommand
 _Corpora = Union[Annotated[CorporaList, _sub("list")], Annotated[CorporaShow, _sub("show")], Annotated[CorporaFetch, _sub("fetch")]]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'orthogonal', 'Muon', 'matrices_and_rest', 'muon_groups', 'make_optimizer']
 
-# %% ../nbs/03ba0_muon.ipynb #e2001492
+# %% ../nbs/03ba0_muon.ipynb #c2bfd2b5
 import math
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .corpora import BookError
-from .optimizers import decay_groups
+from .optimizers import check_settings, decay_groups
 
 # %% ../nbs/03ba0_muon.ipynb #211d3abd
 def orthogonal(
@@ -29,7 +29,7 @@ def orthogonal(
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X.mT if tall else X
 
-# %% ../nbs/03ba0_muon.ipynb #150b8908
+# %% ../nbs/03ba0_muon.ipynb #713b7891
 class Muon(torch.optim.AdamW):
     "Muon (Jordan et al. 2024) for groups with `muon=True`, matrices of equal shape in one batched product; AdamW for the others."
 
@@ -41,8 +41,9 @@ class Muon(torch.optim.AdamW):
         momentum: float = 0.95,  # Muon's share of the old mean that is kept
         steps: int = 5,  # of the Newton–Schulz iteration
     ):
-        if not 0 <= momentum < 1 or steps < 1: raise BookError(f"momentum={momentum} and steps={steps} can't be used: momentum must be below 1, steps at least 1.")
+        if steps < 1: raise BookError(f"steps={steps} can't be used: the iteration needs at least 1.")
         groups = [{"momentum": momentum, "steps": steps, **group} for group in groups]
+        for group in groups: check_settings({"lr": lr, "betas": betas, **group})
         if any(p.dim() < 2 for group in groups if group["muon"] for p in group["params"]):
             raise BookError("Muon moves matrices only: give vectors and embeddings to AdamW, as muon_groups splits them.")
         super().__init__(groups, lr=lr, betas=betas, fused=True)
@@ -63,7 +64,8 @@ class Muon(torch.optim.AdamW):
     def move(self, same: list[torch.Tensor], group: dict):
         "One step of N matrices of equal shape (R, C); a tensor (R, H, D) counts as (R, H·D)."
         for p in same:
-            if "momentum_buffer" not in self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if not self.state[p]: self.state[p] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
         means, grads = [self.state[p]["momentum_buffer"] for p in same], [p.grad for p in same]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         ahead = torch.stack(grads).lerp_(torch.stack(means), group["momentum"]).flatten(2)    # (N, R, C)

@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from llmbook import checkpointing
+from llmbook.bert import Bert, BertConfig, BertForPreTraining, load_bert
 from llmbook.checkpointing import (checkpoints, damage, load_checkpoint, newest_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer)
 from llmbook.corpora import BookError, TokenStream, synthetic_documents, write_stream
 from llmbook.gpt import GPT, GPTConfig
 from llmbook.loop import Callback, TrainConfig, precision_seconds
 from llmbook.metrics import unigram_entropy
+from llmbook.objectives import MaskedWord, Permutation
 from llmbook.training import Trainer, check_run, differing, held_out_windows, plot_history, read_log, token_bytes
+from llmbook.xlnet import XLNet, XLNetConfig, XLNetLM, load_xlnet
 
 V = 130  # ASCII and one token that ends a document
 processes = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
@@ -421,6 +424,45 @@ def test_fp16_resumes_with_its_loss_scale(data, tmp_path, stop):
     stop_at(run(tmp_path / "twice"), stop).fit()
     run(tmp_path / "twice").fit()
     same(tmp_path / "twice", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", ["muon", "rmsprop", "sgd"])
+def test_other_optimizers_resume_exactly(data, tmp_path, name):
+    def run(folder): return make(data, folder, optimizer=name)
+    run(tmp_path / "straight").fit()
+    stop_at(run(tmp_path / "twice"), 10).fit()
+    run(tmp_path / "twice").fit()
+    same(tmp_path / "twice", tmp_path / "straight")
+
+
+def other_family(data, run_dir, family, steps=12):
+    "A BERT that fills in blanks or an XLNet that reads in random orders, through the same Trainer."
+    torch.manual_seed(7)
+    sizes = dict(vocab_size=V, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
+    if family == "bert": model, objective = BertForPreTraining(Bert(BertConfig(**sizes), pooler=False)), MaskedWord(128, V, special=(129,))
+    else: model, objective = XLNetLM(XLNet(XLNetConfig(**sizes))), Permutation()
+    config = TrainConfig(steps=steps, batch_size=2, context=16, accumulate=2, eval_every=4, eval_batches=2, checkpoint_every=3, precision="fp32")
+    return Trainer(model, config, TokenStream(data / "train"), TokenStream(data / "valid"), run_dir, progress=False, objective=objective)
+
+
+@pytest.mark.parametrize("family", ["bert", "xlnet"])
+def test_other_families_and_objectives_resume_exactly(data, tmp_path, family):
+    straight = other_family(data, tmp_path / "straight", family)
+    history = straight.fit()
+    assert "bits_per_byte" not in history[0] and straight.evaluate() == straight.evaluate()  # the same words are hidden each time
+    stop_at(other_family(data, tmp_path / "twice", family), 7).fit()
+    other_family(data, tmp_path / "twice", family).fit()
+    same(tmp_path / "twice", tmp_path / "straight")
+    load = {"bert": lambda p: load_bert(p, head=BertForPreTraining), "xlnet": lambda p: load_xlnet(p, head=XLNetLM)}[family]
+    again = load(tmp_path / "twice/model")
+    for name, p in straight.model.named_parameters(): assert torch.equal(p, dict(again.named_parameters())[name]), name
+
+
+def test_another_objective_is_refused_by_name(data, tmp_path):
+    stop_at(make(data, tmp_path), 4).fit()
+    other = make(data, tmp_path)
+    other.identity["objective"] = {"name": "permutation", "K": 6}
+    with pytest.raises(BookError, match=r"objective.name \(next-word there, permutation here\)"): other.fit()
 
 
 @pytest.mark.slow

@@ -10,8 +10,14 @@ from torch import nn
 from llmbook.bert import Bert, BertConfig, BertForPreTraining
 from llmbook.corpora import BookError
 from llmbook.gpt import GPT, GPTConfig
-from llmbook.recipe import StackedMuon, keep_pages, matrices_and_rest, orthogonal
+from llmbook.muon import Muon, matrices_and_rest, muon_groups, orthogonal
+from llmbook.recipe import keep_pages
 from llmbook.xlnet import XLNet, XLNetConfig, XLNetLM
+
+
+def StackedMuon(ps, lr=8e-3, momentum=0.95, weight_decay=0.1, steps=5):
+    "Only the half of the optimizer that moves matrices."
+    return Muon([{"params": list(ps), "muon": True, "weight_decay": weight_decay}], lr=lr, momentum=momentum, steps=steps)
 
 
 def f(s): return 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
