@@ -14,7 +14,7 @@ book: $(READY)
 	$(BIN)/llmbook site --notebooks build/book
 
 test: $(READY)
-	$(BIN)/nbdev_test --n_workers 1 --do_print --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(READY)

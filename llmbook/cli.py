@@ -106,14 +106,17 @@ def consecutive_pieces(
         have += len(line)
     return ["".join(lines) for lines in out if lines]
 
-# %% ../nbs/A3_cli.ipynb #9e458981
+# %% ../nbs/A3_cli.ipynb #4952aa9a
 @dataclass
 class Pretrain:
-    """Train a tokenizer and a GPT on text, into one folder; the same command again resumes.
+    """Train a tokenizer and a model on text, into one folder; the same command again resumes.
 
-    Example: llmbook pretrain --data shakespeare --steps 300 --run-dir runs/bard
+    Examples:
+    llmbook pretrain --data shakespeare --steps 300 --run-dir runs/bard
+    llmbook pretrain --recipe tiny-gpt --run-dir runs/tiny-gpt
     """
     run_dir: Path                   # the run's folder; made if it isn't there
+    recipe: str | None = None       # tiny-gpt, tiny-bert or tiny-xlnet: decides everything below
     data: str = "shakespeare"       # a text of the catalogue, a .txt or .jsonl file, or a folder of them
     vocab_size: int = 1024          # of the byte-level BPE that is trained first
     family: Literal["gpt2", "llama"] = "gpt2"  # GPT-2's four choices or Llama's
@@ -126,7 +129,8 @@ class Pretrain:
     accumulate: int = 1             # forward passes a step
     lr: float = 3e-3                # the highest learning rate
     schedule: str = "cosine"        # constant, linear, cosine, step, exponential or wsd
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: whichever measures faster here
+    optimizer: Literal["adamw", "muon", "adam", "rmsprop", "momentum", "sgd"] = "adamw"  # muon learns most a second here, at about lr 8e-3
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the faster of fp32 and bf16 here
     seed: int = 0                   # of the weights, the split and the order of the data
 
     def texts(self):
@@ -149,14 +153,25 @@ class Pretrain:
         streams = [write_stream(folder / name, docs, tokenizer.encode, eot, tokenizer.vocab_size) for name, docs in (("train", parts.train), ("valid", parts.valid))]
         return tokenizer, *streams
 
+    def by_recipe(self):
+        "Carry out a recipe of the book; what it decides can't be given beside it."
+        from dataclasses import fields
+        given = [f"--{f.name.replace('_', '-')}" for f in fields(self) if f.name not in ("run_dir", "recipe") and getattr(self, f.name) != f.default]
+        if given: raise BookError(f"The recipe {self.recipe} decides {' and '.join(given)} itself: leave {'it' if len(given) == 1 else 'them'} out, or leave out --recipe.")
+        from llmbook.pretraining import recipe_named, recipe_trainer
+        trainer = recipe_trainer(recipe_named(self.recipe), self.run_dir)
+        seen = [row for row in trainer.fit() if "valid_loss" in row]
+        print(f"held-out loss {seen[-1]['valid_loss']:.3f} nats a target ({trainer.objective.name}); the model is in {self.run_dir / 'model'}")
+
     def run(self):
+        if self.recipe: return self.by_recipe()
         import torch
 
         from llmbook.gpt import GPT, GPTConfig
         from llmbook.loop import TrainConfig
         from llmbook.metrics import unigram_entropy
         from llmbook.training import Trainer
-        config = TrainConfig(self.steps, self.batch_size, self.context, self.accumulate, self.lr, schedule=self.schedule, precision=self.precision, seed=self.seed)
+        config = TrainConfig(self.steps, self.batch_size, self.context, self.accumulate, self.lr, schedule=self.schedule, precision=self.precision, seed=self.seed, optimizer=self.optimizer)
         tokenizer, train, valid = self.prepare()
         torch.manual_seed(self.seed)
         make = GPTConfig.gpt2 if self.family == "gpt2" else GPTConfig.llama

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_run', 'held_out_windows', 'token_bytes', 'Evaluated', 'plain', 'differing', 'described', 'read_log',
-           'interruptible', 'Trainer', 'plot_history']
+           'interruptible', 'Kept', 'Trainer', 'plot_history']
 
 # %% ../nbs/03c_training.ipynb #f698b09b
 import json
@@ -171,10 +171,9 @@ def interruptible() -> Iterator[list]:
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/03c_training.ipynb #3f7b3c9f
-class Trainer(Evaluated):
-    "A run that lives in a folder: what it does, how it goes, and everything that it takes to go on after a crash."
-    rollbacks = 3  # to one checkpoint, before the run gives up
+# %% ../nbs/03c_training.ipynb #8f3c4e48
+class Kept(Evaluated):
+    "A run that lives in a folder: everything that it takes to go on after a crash."
 
     def __init__(
         self,
@@ -186,98 +185,15 @@ class Trainer(Evaluated):
         tokenizer=None,  # saved beside the finished model; its bytes make bits per byte
         progress: bool = True,  # show a bar and say what was chosen
         objective: Objective | None = None,  # what is predicted; None: the next word
-        callbacks: Sequence[Callback] = (),  # what looks on
-        keep_best: bool = False,  # keep the model of the lowest held-out loss in best/
     ):
         check_run(model, config, {}, tokenizer)
         super().__init__(model, config, train, valid, objective, None if tokenizer is None else token_bytes(tokenizer))
-        self.run_dir, self.tokenizer, self.progress = Path(run_dir), tokenizer, progress
-        self.callbacks, self.keep_best, self.stop = callbacks, keep_best, ""
+        self.run_dir, self.tokenizer, self.progress, self.stop = Path(run_dir), tokenizer, progress, ""
         self.checkpoints, self.log_path = self.run_dir / "checkpoints", self.run_dir / "log.jsonl"
         self.identity = {"train": plain(config), "model": plain(model.config), "data": {"train": train.sha256, "valid": valid.sha256},
                          "objective": described(self.objective)}
         self.resumable = None  # all that the next step reads besides weights and optimizer; None while it doesn't belong to them
-        self.began, self.peak = time.perf_counter(), None
-
-    def fit(
-        self,
-        resume: bool = True,  # go on with the run in `run_dir`; False: put an earlier one aside and start anew
-    ) -> list[dict]:  # the history: one dict a step, and one an evaluation, as in log.jsonl
-        "Train to the end; Ctrl-C saves and returns. BookError for a fault that the reader can mend."
-        with self.locked(), interruptible() as asked:
-            self.prepare(resume)
-            try: self.run(asked)
-            finally: self.close()
-        if self.finished(): self.finish()
-        else: print(f"Stopped after step {self.step} of {self.config.steps}; call fit() again, or give the same command, to go on from {newest_checkpoint(self.checkpoints)}.")
-        return self.history
-
-    def run(self, asked: list):
-        "All steps that are left, until Ctrl-C asks to stop."
-        for callback in self.callbacks: callback.on_start(self)
-        with self.bar() as bar:
-            try:
-                while not self.finished() and not asked: self.advance(bar)
-            except KeyboardInterrupt: asked.append(True)
-        if self.resumable and asked and not self.finished(): self.save()
-        for callback in self.callbacks: callback.on_end(self)
-
-    def finished(self) -> bool:
-        "Whether no step is left and the last one is whole."
-        return bool(self.resumable and (self.step == self.config.steps or self.stop))
-
-    def advance(self, bar: tqdm):
-        "One step with all that is due after it."
-        if not self.history: self.record_evaluation()  # the loss before anything is learned: about ln V
-        row = self.train_step()
-        if "batch" in row and self.config.on_fault == "rollback": return self.roll_back(row, bar)
-        last = self.step == self.config.steps
-        if last or self.step % self.config.eval_every == 0: self.record_evaluation()
-        if self.stop: self.record({"step": self.step, "stopped": self.stop})
-        self.resumable = self.moment()
-        if last or self.stop or self.step % self.config.checkpoint_every == 0: self.save()
-        if "skipped" in row: self.say(f"step {self.step} was left out: {row['skipped']}", bar)
-        self.show(row, bar)
-
-    def show(self, row: dict, bar: tqdm):
-        "The bar's text: how the run goes, and how much of the machine it uses."
-        valid = next((r["valid_loss"] for r in reversed(self.history) if "valid_loss" in r), math.nan)
-        share = f", {row['tokens_per_s'] * self.flops / self.peak:.0%} of peak" if self.peak else ""
-        bar.set_postfix_str(f"loss {row.get('loss', math.nan):.3f}, held out {valid:.3f}, lr {row['lr']:.1e}, {row['tokens_per_s']:,.0f} tokens/s{share}", refresh=False)
-        bar.update()
-
-    def move(self, lr: float):
-        "Move the weights; from here to the end of the step there is nothing consistent to save."
-        self.resumable = None
-        super().move(lr)
-
-    def leave_out(self, row: dict):
-        "Leave a batch out; until the step is noted there is nothing consistent to save."
-        super().leave_out(row)
-        self.resumable = None
-
-    def record(self, row: dict):
-        "Note the time, write the line, tell who looks on."
-        super().record({**row, "seconds": round(time.perf_counter() - self.began, 2)})
-        for callback in self.callbacks: callback.on_row(self, self.history[-1])
-
-    def record_evaluation(self):
-        "Evaluate, record it, and keep the model if it is the best so far."
-        best = min((row["valid_loss"] for row in self.history if "valid_loss" in row), default=math.inf)
-        super().record_evaluation()
-        if self.keep_best and self.history[-1]["valid_loss"] < best: self.write_model(self.run_dir / "best")
-
-    def bar(self) -> tqdm:
-        "A progress bar in steps."
-        if self.progress and self.peak is None: self.measure_peak()
-        return tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not self.progress, mininterval=0.5, dynamic_ncols=True)
-
-    def measure_peak(self):
-        "Operations a second of this machine's matrix product, and operations a token of this model, where there is a formula."
-        try: self.flops = training_flops(self.model.config, self.config.context, batch=self.config.batch_size)
-        except BookError: return
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
-        with torch.random.fork_rng(): self.peak = matmul_peak(kind, device=self.device)
+        self.began = time.perf_counter()
 
     def moment(self) -> dict:
         "What the next step reads besides the weights and the optimizer, and how long the log is."
@@ -339,20 +255,6 @@ class Trainer(Evaluated):
         self.resumable = self.moment()
         if self.step: self.say(f"resumed after step {self.step} of {self.config.steps}")
 
-    def roll_back(self, row: dict, bar: tqdm):
-        "The newest checkpoint's weights, and the data from behind the bad batch on. BookError if that doesn't help."
-        behind, path = self.sampler.state_dict(), newest_checkpoint(self.checkpoints)
-        self.close()
-        before = [r for r in self.history[load_checkpoint(path)[1]["lines"]:] if "rolled_back" in r]
-        if len(before) == self.rollbacks: raise BookError(f"Step {row['step']} failed ({row['skipped']}) after {self.rollbacks} returns to {path}: lower the learning rate, or set on_fault='skip'.")
-        self.restore(path)
-        self.log = open(self.log_path, "ab", buffering=0)
-        self.sampler.load_state_dict(behind)
-        for event in [*before, {"step": self.step, "rolled_back": row["skipped"], "from": row["step"], "batch": row["batch"]}]: self.record(event)
-        self.resumable = self.moment()
-        self.say(f"step {row['step']} was undone: {row['skipped']}", bar)
-        bar.n = self.step
-
     def settle_identity(self):
         "Compare with the run that the folder holds, or describe this one there; the measured precision is part of it."
         path = self.run_dir / "config.json"
@@ -383,10 +285,6 @@ class Trainer(Evaluated):
         for p in found: os.replace(p, aside / p.name)
         self.say(f"the run that was here is now in {aside}")
 
-    def finish(self):
-        "Save the trained model, with its tokenizer, where `from_pretrained` finds it."
-        self.write_model(self.run_dir / "model")
-
     def write_model(self, folder: Path):
         "A model's folder, whole or not at all. BookError if it can't be written."
         tmp = folder.with_name(f".{folder.name}")
@@ -403,6 +301,119 @@ class Trainer(Evaluated):
     def say(self, text: str, bar: tqdm | None = None):
         "Tell the reader, unless they asked for silence; above the bar where there is one."
         if self.progress: bar.write(text) if bar is not None else print(text)
+
+# %% ../nbs/03c_training.ipynb #0b5af0a6
+class Trainer(Kept):
+    "A run from its first step to its last: what is done when, what is said, and what happens to a bad batch."
+    rollbacks = 3  # to one checkpoint, before the run gives up
+
+    def __init__(
+        self,
+        *args,  # as for `Kept`: model, config, train, valid, run_dir, tokenizer, progress, objective
+        callbacks: Sequence[Callback] = (),  # what looks on
+        keep_best: bool = False,  # keep the model of the lowest held-out loss in best/
+        **kwargs,  # likewise
+    ):
+        super().__init__(*args, **kwargs)
+        self.callbacks, self.keep_best, self.peak = callbacks, keep_best, None
+
+    def fit(
+        self,
+        resume: bool = True,  # go on with the run in `run_dir`; False: put an earlier one aside and start anew
+    ) -> list[dict]:  # the history: one dict a step, and one an evaluation, as in log.jsonl
+        "Train to the end; Ctrl-C saves and returns. BookError for a fault that the reader can mend."
+        with self.locked(), interruptible() as asked:
+            self.prepare(resume)
+            try: self.run(asked)
+            finally: self.close()
+        if self.finished(): self.finish()
+        else: print(f"Stopped after step {self.step} of {self.config.steps}; call fit() again, or give the same command, to go on from {newest_checkpoint(self.checkpoints)}.")
+        return self.history
+
+    def run(self, asked: list):
+        "All steps that are left, until Ctrl-C asks to stop."
+        for callback in self.callbacks: callback.on_start(self)
+        with self.bar() as bar:
+            try:
+                while not self.finished() and not asked: self.advance(bar)
+            except KeyboardInterrupt: asked.append(True)
+        if self.resumable and asked and not self.finished(): self.save()
+        for callback in self.callbacks: callback.on_end(self)
+
+    def finished(self) -> bool:
+        "Whether no step is left and the last one is whole."
+        return bool(self.resumable and (self.step == self.config.steps or self.stop))
+
+    def advance(self, bar: tqdm):
+        "One step with all that is due after it."
+        if not self.history: self.record_evaluation()  # the loss before anything is learned: about ln V
+        row = self.train_step()
+        if "batch" in row and self.config.on_fault == "rollback": return self.roll_back(row, bar)
+        last = self.step == self.config.steps
+        if last or self.step % self.config.eval_every == 0: self.record_evaluation()
+        if self.stop: self.record({"step": self.step, "stopped": self.stop})
+        self.resumable = self.moment()
+        if last or self.stop or self.step % self.config.checkpoint_every == 0: self.save()
+        if "skipped" in row: self.say(f"step {self.step} was left out: {row['skipped']}", bar)
+        self.show(row, bar)
+
+    def move(self, lr: float):
+        "Move the weights; from here to the end of the step there is nothing consistent to save."
+        self.resumable = None
+        super().move(lr)
+
+    def leave_out(self, row: dict):
+        "Leave a batch out; until the step is noted there is nothing consistent to save."
+        super().leave_out(row)
+        self.resumable = None
+
+    def record(self, row: dict):
+        "Note the time, write the line, tell who looks on."
+        super().record({**row, "seconds": round(time.perf_counter() - self.began, 2)})
+        for callback in self.callbacks: callback.on_row(self, self.history[-1])
+
+    def record_evaluation(self):
+        "Evaluate, record it, and keep the model if it is the best so far."
+        best = min((row["valid_loss"] for row in self.history if "valid_loss" in row), default=math.inf)
+        super().record_evaluation()
+        if self.keep_best and self.history[-1]["valid_loss"] < best: self.write_model(self.run_dir / "best")
+
+    def roll_back(self, row: dict, bar: tqdm):
+        "The newest checkpoint's weights, and the data from behind the bad batch on. BookError if that doesn't help."
+        behind, path = self.sampler.state_dict(), newest_checkpoint(self.checkpoints)
+        self.close()
+        before = [r for r in self.history[load_checkpoint(path)[1]["lines"]:] if "rolled_back" in r]
+        if len(before) == self.rollbacks: raise BookError(f"Step {row['step']} failed ({row['skipped']}) after {self.rollbacks} returns to {path}: lower the learning rate, or set on_fault='skip'.")
+        self.restore(path)
+        self.log = open(self.log_path, "ab", buffering=0)
+        self.sampler.load_state_dict(behind)
+        for event in [*before, {"step": self.step, "rolled_back": row["skipped"], "from": row["step"], "batch": row["batch"]}]: self.record(event)
+        self.resumable = self.moment()
+        self.say(f"step {row['step']} was undone: {row['skipped']}", bar)
+        bar.n = self.step
+
+    def bar(self) -> tqdm:
+        "A progress bar in steps."
+        if self.progress and self.peak is None: self.measure_peak()
+        return tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not self.progress, mininterval=0.5, dynamic_ncols=True)
+
+    def show(self, row: dict, bar: tqdm):
+        "The bar's text: how the run goes, and how much of the machine it uses."
+        valid = next((r["valid_loss"] for r in reversed(self.history) if "valid_loss" in r), math.nan)
+        share = f", {row['tokens_per_s'] * self.flops / self.peak:.0%} of peak" if self.peak else ""
+        bar.set_postfix_str(f"loss {row.get('loss', math.nan):.3f}, held out {valid:.3f}, lr {row['lr']:.1e}, {row['tokens_per_s']:,.0f} tokens/s{share}", refresh=False)
+        bar.update()
+
+    def measure_peak(self):
+        "Operations a second of this machine's matrix product, and operations a token of this model, where there is a formula."
+        try: self.flops = training_flops(self.model.config, self.config.context, batch=self.config.batch_size)
+        except BookError: return
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        with torch.random.fork_rng(): self.peak = matmul_peak(kind, device=self.device)
+
+    def finish(self):
+        "Save the trained model, with its tokenizer, where `from_pretrained` finds it."
+        self.write_model(self.run_dir / "model")
 
 # %% ../nbs/03c_training.ipynb #2aa8fb2d
 def plot_history(

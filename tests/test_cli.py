@@ -43,7 +43,8 @@ def test_faults_are_one_sentence_and_status_2(tmp_path):
     offline = {"LLMBOOK_CACHE": str(tmp_path / "none"), "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull}
     for args in (["corpora", "show", "shakespere"], ["generate", "--model", tmp_path / "none", "--prompt", "x"], ["generate", "--model", tmp_path], ["bench", "nothing"],
                  ["pretrain", "--run-dir", tmp_path / "r", "--data", tmp_path / "empty.txt"], ["pretrain", "--run-dir", tmp_path / "r", "--data", tmp_path / "latin.txt"],
-                 ["pretrain", "--run-dir", tmp_path / "r", "--data", "synthetic", "--vocab-size", 100], ["corpora", "fetch", "shakespeare"], ["site"], ["notebooks", "run"]):
+                 ["pretrain", "--run-dir", tmp_path / "r", "--data", "synthetic", "--vocab-size", 100], ["pretrain", "--run-dir", tmp_path / "r", "--recipe", "tiny"],
+                 ["pretrain", "--run-dir", tmp_path / "r", "--recipe", "tiny-gpt", "--lr", "0.1"], ["corpora", "fetch", "shakespeare"], ["site"], ["notebooks", "run"]):
         done = llmbook(*args, cwd=tmp_path, env=offline)
         assert done.returncode == 2, (args, done.stderr)
         assert "Traceback" not in done.stderr and done.stderr.strip().splitlines()[-1].startswith("llmbook: "), (args, done.stderr)
