@@ -235,7 +235,7 @@ def _questions() -> Iterator[str]:
         if not line: return
         yield line
 
-# %% ../nbs/A3_cli.ipynb #4422311e
+# %% ../nbs/A3_cli.ipynb #2706dfd0
 @dataclass
 class SiteCommand:
     """Build the site from executed notebooks, and read it.
@@ -332,7 +332,7 @@ class Runs:
         for row in table:
             if row["remark"]: print(row["remark"])
 
-# %% ../nbs/A3_cli.ipynb #511d2324
+# %% ../nbs/A3_cli.ipynb #ab12b956
 _sub = tyro.conf.subcommand
 _Corpora = Union[Annotated[CorporaList, _sub("list")], Annotated[CorporaShow, _sub("show")], Annotated[CorporaFetch, _sub("fetch")]]
 

@@ -131,7 +131,7 @@ def bits_per_byte(
     if size < 1: raise BookError("Bits per byte need at least one byte of text: evaluate on some text.")
     return nats / math.log(2) / size
 
-# %% ../nbs/03ba_metrics.ipynb #1cbb1e78
+# %% ../nbs/03ba_metrics.ipynb #24561dc3
 @dataclass
 class Mean:
     "A mean that grows: total and weight."
