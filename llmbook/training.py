@@ -302,7 +302,7 @@ class Kept(Evaluated):
         "Tell the reader, unless they asked for silence; above the bar where there is one."
         if self.progress: bar.write(text) if bar is not None else print(text)
 
-# %% ../nbs/03c_training.ipynb #0b5af0a6
+# %% ../nbs/03c_training.ipynb #1b461d62
 class Trainer(Kept):
     "A run from its first step to its last: what is done when, what is said, and what happens to a bad batch."
     rollbacks = 3  # to one checkpoint, before the run gives up
@@ -369,14 +369,16 @@ class Trainer(Kept):
 
     def record(self, row: dict):
         "Note the time, write the line, tell who looks on."
-        super().record({**row, "seconds": round(time.perf_counter() - self.began, 2)})
-        for callback in self.callbacks: callback.on_row(self, self.history[-1])
+        row = {**row, "seconds": round(time.perf_counter() - self.began, 2)}
+        super().record(row)
+        for callback in self.callbacks: callback.on_row(self, row)  # which may itself record a line
 
     def record_evaluation(self):
         "Evaluate, record it, and keep the model if it is the best so far."
         best = min((row["valid_loss"] for row in self.history if "valid_loss" in row), default=math.inf)
         super().record_evaluation()
-        if self.keep_best and self.history[-1]["valid_loss"] < best: self.write_model(self.run_dir / "best")
+        seen = next(row["valid_loss"] for row in reversed(self.history) if "valid_loss" in row)
+        if self.keep_best and seen < best: self.write_model(self.run_dir / "best")
 
     def roll_back(self, row: dict, bar: tqdm):
         "The newest checkpoint's weights, and the data from behind the bad batch on. BookError if that doesn't help."

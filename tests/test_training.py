@@ -489,6 +489,20 @@ def test_callbacks_see_every_line(data, tmp_path):
     assert watcher.seen[0] == ("start", 0) and watcher.seen[-1] == ("end", 24)
 
 
+class Notes(Callback):
+    def on_row(self, trainer, row):
+        if "valid_loss" in row: trainer.record({"step": row["step"], "event": "seen"})
+
+
+def test_a_callback_may_write_lines_of_its_own(data, tmp_path):
+    trainer, watcher = make(data, tmp_path), Watcher()
+    trainer.callbacks, trainer.keep_best = [Notes(), watcher], True
+    history = trainer.fit()
+    evaluations = [row for row in history if "valid_loss" in row]
+    assert [row for row in watcher.seen[1:-1] if "valid_loss" in row] == evaluations and len(evaluations) == sum("event" in row for row in history) > 2
+    assert (tmp_path / "best/model.safetensors").exists()
+
+
 def test_a_callback_may_end_the_run_for_good(data, tmp_path):
     trainer = make(data, tmp_path)
     trainer.callbacks = [Watcher(stop_at=8)]
