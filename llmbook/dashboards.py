@@ -46,8 +46,10 @@ class Choice:
     @property
     def start(self) -> int: return 0 if self.value is None else list(self.values).index(self.value)
 
+@dataclass(frozen=True)
 class Slider(Choice):
     "A slider over a few values in order."
+    play: bool = False          # a button beside it that walks through the values
 
 class Toggle(Choice):
     "A check box: False or True."
@@ -159,7 +161,8 @@ class Dashboard:
         label = escape(c.label)
         if isinstance(c, Toggle): return f'<label><input type="checkbox" data-control="{name}"{" checked" * c.start}> {label}</label>'
         if isinstance(c, Slider): return (f'<label>{label} <input type="range" data-control="{name}" min="0" max="{len(c.values) - 1}" step="1" value="{c.start}" '
-                                          f"data-names='{escape(json.dumps(c.names), quote=True)}'><output>{escape(c.names[c.start])}</output></label>")
+                                          f"data-names='{escape(json.dumps(c.names), quote=True)}'><output>{escape(c.names[c.start])}</output></label>"
+                                          + f'<button type="button" data-play="{name}" aria-label="Play {label}">▶</button>' * c.play)
         options = "".join(f"<option{' selected' * (i == c.start)}>{escape(n)}</option>" for i, n in enumerate(c.names))
         return f'<label>{label} <select data-control="{name}">{options}</select></label>'
 
@@ -201,6 +204,14 @@ def _widget(c: Choice):
     kind = w.SelectionSlider if isinstance(c, Slider) else w.Dropdown
     return kind(options=options, value=c.values[c.start], description=c.label, style=style, layout=w.Layout(width="auto", min_width="220px"))
 
+def _player(widget, c: Choice):
+    "The widget of a control, with a play button beside it if the control has one."
+    import ipywidgets as w
+    if not getattr(c, "play", False): return widget
+    play = w.Play(min=0, max=len(c.values) - 1, value=c.start, interval=400)
+    w.link((play, "value"), (widget, "index"))
+    return w.HBox([widget, play])
+
 def _part_widget(part):
     "The widget that shows one part."
     import ipywidgets as w
@@ -230,5 +241,5 @@ def _live(dashboard: Dashboard):
 
     for c in widgets.values(): c.observe(update, "value")
     update()
-    row = w.HBox(list(widgets.values()), layout=w.Layout(flex_flow="row wrap"))
+    row = w.HBox([_player(c, dashboard.controls[name]) for name, c in widgets.items()], layout=w.Layout(flex_flow="row wrap"))
     return w.VBox([w.HTML(f"<b>{escape(dashboard.title)}</b>"), row, shown, w.HTML(escape(dashboard.caption))])
