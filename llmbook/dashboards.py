@@ -28,7 +28,7 @@ pio.templates["llmbook"] = go.layout.Template(layout=dict(
 pio.templates.default = "llmbook"
 pio.renderers.default = "plotly_mimetype"   # a figure is stored as its JSON alone; JupyterLab and the book's site draw it
 
-# %% ../nbs/A1_dashboards.ipynb #6d75a679
+# %% ../nbs/A1_dashboards.ipynb #f8e6acda
 @dataclass(frozen=True)
 class Choice:
     "A drop-down list: one of a few things."
@@ -115,7 +115,7 @@ def _parts(result) -> list:
         if not isinstance(part, (go.Figure, Html, Table)): raise TypeError(f"A dashboard's function returned {type(part).__name__}: it must return a plotly figure, Html, Table or a list of these.")
     return list(result)
 
-# %% ../nbs/A1_dashboards.ipynb #d0ba174c
+# %% ../nbs/A1_dashboards.ipynb #b9b9fec9
 class Dashboard:
     "One definition of controls and a pure function; live with a kernel, swept in advance without one."
     def __init__(
@@ -189,7 +189,7 @@ class Dashboard:
         skins = {"text/plain": repr(self), "text/html": self.to_html()}
         return {**(self.live()._repr_mimebundle_() if has_kernel() else {}), **skins}
 
-# %% ../nbs/A1_dashboards.ipynb #dbc9e031
+# %% ../nbs/A1_dashboards.ipynb #d281233d
 def has_kernel() -> bool:
     "Whether a Jupyter kernel runs this code."
     try: from IPython import get_ipython

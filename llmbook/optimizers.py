@@ -312,7 +312,7 @@ class RateTrial:
         "A tenth of the rate at the lowest smoothed loss."
         return self.rates[self.lowest] / 10
 
-# %% ../nbs/03b_optimizers.ipynb #fa70d9b7
+# %% ../nbs/03b_optimizers.ipynb #95b6ceea
 def find_learning_rate(
     loss: Callable[[], float],  # draws a batch, does the backward pass into cleared gradients, returns the loss
     model: nn.Module,  # what is trained
