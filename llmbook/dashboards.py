@@ -28,7 +28,7 @@ pio.templates["llmbook"] = go.layout.Template(layout=dict(
 pio.templates.default = "llmbook"
 pio.renderers.default = "plotly_mimetype"   # a figure is stored as its JSON alone; JupyterLab and the book's site draw it
 
-# %% ../nbs/A1_dashboards.ipynb #f8e6acda
+# %% ../nbs/A1_dashboards.ipynb #6d75a679
 @dataclass(frozen=True)
 class Choice:
     "A drop-down list: one of a few things."
@@ -46,10 +46,8 @@ class Choice:
     @property
     def start(self) -> int: return 0 if self.value is None else list(self.values).index(self.value)
 
-@dataclass(frozen=True)
 class Slider(Choice):
     "A slider over a few values in order."
-    play: bool = False          # a button beside it that walks through the values
 
 class Toggle(Choice):
     "A check box: False or True."
@@ -115,7 +113,7 @@ def _parts(result) -> list:
         if not isinstance(part, (go.Figure, Html, Table)): raise TypeError(f"A dashboard's function returned {type(part).__name__}: it must return a plotly figure, Html, Table or a list of these.")
     return list(result)
 
-# %% ../nbs/A1_dashboards.ipynb #b9b9fec9
+# %% ../nbs/A1_dashboards.ipynb #d0ba174c
 class Dashboard:
     "One definition of controls and a pure function; live with a kernel, swept in advance without one."
     def __init__(
@@ -161,8 +159,7 @@ class Dashboard:
         label = escape(c.label)
         if isinstance(c, Toggle): return f'<label><input type="checkbox" data-control="{name}"{" checked" * c.start}> {label}</label>'
         if isinstance(c, Slider): return (f'<label>{label} <input type="range" data-control="{name}" min="0" max="{len(c.values) - 1}" step="1" value="{c.start}" '
-                                          f"data-names='{escape(json.dumps(c.names), quote=True)}'><output>{escape(c.names[c.start])}</output></label>"
-                                          + f'<button type="button" data-play="{name}" aria-label="Play {label}">▶</button>' * c.play)
+                                          f"data-names='{escape(json.dumps(c.names), quote=True)}'><output>{escape(c.names[c.start])}</output></label>")
         options = "".join(f"<option{' selected' * (i == c.start)}>{escape(n)}</option>" for i, n in enumerate(c.names))
         return f'<label>{label} <select data-control="{name}">{options}</select></label>'
 
@@ -189,7 +186,7 @@ class Dashboard:
         skins = {"text/plain": repr(self), "text/html": self.to_html()}
         return {**(self.live()._repr_mimebundle_() if has_kernel() else {}), **skins}
 
-# %% ../nbs/A1_dashboards.ipynb #d281233d
+# %% ../nbs/A1_dashboards.ipynb #dbc9e031
 def has_kernel() -> bool:
     "Whether a Jupyter kernel runs this code."
     try: from IPython import get_ipython
@@ -203,14 +200,6 @@ def _widget(c: Choice):
     if isinstance(c, Toggle): return w.Checkbox(value=c.values[c.start], description=c.label, indent=False)
     kind = w.SelectionSlider if isinstance(c, Slider) else w.Dropdown
     return kind(options=options, value=c.values[c.start], description=c.label, style=style, layout=w.Layout(width="auto", min_width="220px"))
-
-def _player(widget, c: Choice):
-    "The widget of a control, with a play button beside it if the control has one."
-    import ipywidgets as w
-    if not getattr(c, "play", False): return widget
-    play = w.Play(min=0, max=len(c.values) - 1, value=c.start, interval=400)
-    w.link((play, "value"), (widget, "index"))
-    return w.HBox([widget, play])
 
 def _part_widget(part):
     "The widget that shows one part."
@@ -241,5 +230,5 @@ def _live(dashboard: Dashboard):
 
     for c in widgets.values(): c.observe(update, "value")
     update()
-    row = w.HBox([_player(c, dashboard.controls[name]) for name, c in widgets.items()], layout=w.Layout(flex_flow="row wrap"))
+    row = w.HBox(list(widgets.values()), layout=w.Layout(flex_flow="row wrap"))
     return w.VBox([w.HTML(f"<b>{escape(dashboard.title)}</b>"), row, shown, w.HTML(escape(dashboard.caption))])
