@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {"01a_tokenization": "Tokenizers compared", "02b_gpt": "Attention by layer and head", "02e_sizing": "Model sizing", "03b_optimizers": "Learning-rate schedules"}
 
@@ -95,7 +95,7 @@ def test_dashboard_is_live(lab, visit, name):
     v = visit(lab)
     page = open_and_run(v, lab, name)
     board = page.locator(".jp-OutputArea-output .widget-vbox").filter(has=page.locator("b", has_text=NOTEBOOKS[name])).first
-    board.locator(".js-plotly-plot .main-svg").first.wait_for(state="attached", timeout=180_000)
+    board.locator(".js-plotly-plot .main-svg").first.wait_for(state="attached", timeout=600_000)
     board.scroll_into_view_if_needed()
     states = [shown(board)]
     board.locator(".noUi-handle").first.focus()
