@@ -29,7 +29,7 @@ def orthogonal(
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X.mT if tall else X
 
-# %% ../nbs/03ba0_muon.ipynb #713b7891
+# %% ../nbs/03ba0_muon.ipynb #3c74f3e0
 class Muon(torch.optim.AdamW):
     "Muon (Jordan et al. 2024) for groups with `muon=True`, matrices of equal shape in one batched product; AdamW for the others."
 
@@ -50,7 +50,8 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        "Move every parameter that has a gradient."
+        "Move every parameter that has a gradient; returns the closure's loss, if one is given."
+        with torch.enable_grad(): loss = closure() if closure else None
         groups = self.param_groups
         for group in groups:
             alike = {}
@@ -58,8 +59,9 @@ class Muon(torch.optim.AdamW):
                 if p.grad is not None: alike.setdefault(p.shape, []).append(p)
             for same in alike.values(): self.move(same, group)
         self.param_groups = [group for group in groups if not group["muon"]]
-        try: return super().step(closure)
+        try: super().step()
         finally: self.param_groups = groups
+        return loss
 
     def move(self, same: list[torch.Tensor], group: dict):
         "One step of N matrices of equal shape (R, C); a tensor (R, H, D) counts as (R, H·D)."

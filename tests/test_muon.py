@@ -1,16 +1,19 @@
 "The recipe's optimizer over many shapes and settings, and what it does with bad input."
 import copy
+import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmbook.bert import Bert, BertConfig, BertForPreTraining
+from llmbook.checkpointing import pack_optimizer, unpack_optimizer
 from llmbook.corpora import BookError
 from llmbook.gpt import GPT, GPTConfig
-from llmbook.muon import Muon, matrices_and_rest, muon_groups, orthogonal
+from llmbook.muon import OPTIMIZERS, Muon, make_optimizer, matrices_and_rest, muon_groups, orthogonal
 from llmbook.recipe import keep_pages
 from llmbook.xlnet import XLNet, XLNetConfig, XLNetLM
 
@@ -109,3 +112,67 @@ def test_vectors_are_refused():
 
 def test_pages_are_kept_or_the_answer_is_no():
     assert keep_pages() in (True, False)
+
+
+def test_a_closure_is_called_before_anything_moves():
+    p = nn.Parameter(torch.eye(2))
+    optimizer = StackedMuon([p], weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+    assert optimizer.step(closure).item() == 2.0 and not torch.equal(p, torch.eye(2))
+
+
+def small_gpt(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig.llama(context=8, **SIZES))
+
+
+def train(model, optimizer, steps):
+    "Steps on batches that depend on the step alone, the rate falling, as a trainer sets it."
+    for s in steps:
+        for group in optimizer.param_groups: group["lr"] = 1e-2 / (1 + s) * group.get("lr_scale", 1.0)
+        ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(s))
+        optimizer.zero_grad()
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_run_saved_by_name_goes_on_bit_for_bit(name, tmp_path):
+    whole = small_gpt()
+    expected = train(whole, make_optimizer(name, whole, 1e-2), range(6))
+    first = small_gpt()
+    optimizer = make_optimizer(name, first, 1e-2)
+    train(first, optimizer, range(3))
+    tensors, groups = pack_optimizer(optimizer, first)
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    second = small_gpt(seed=1)
+    second.load_state_dict(first.state_dict())
+    fresh = make_optimizer(name, second, 1.0)
+    unpack_optimizer(fresh, second, load_file(tmp_path / "optimizer.safetensors"), json.loads(json.dumps(groups)))
+    assert all(map(torch.equal, train(second, fresh, range(3, 6)), expected))
+    assert [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in fresh.param_groups] == \
+        [{k: list(v) if isinstance(v, tuple) else v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_an_optimizer_by_name_moves_every_trainable_parameter_once(name):
+    model = small_gpt()
+    frozen = next(model.parameters()).requires_grad_(False)
+    optimizer = make_optimizer(name, model, 1e-2)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p is not frozen)
+
+
+def test_an_unknown_optimizer_is_answered_with_the_names():
+    with pytest.raises(BookError, match="adamw, muon") as e: make_optimizer("lion", small_gpt(), 1e-3)
+    assert "lion" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(BookError, match="use adamw"): make_optimizer("muon", nn.Linear(2, 2), 1e-3)
