@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'CorporaList', 'CorporaShow', 'CorporaFetch', 'file_docum
            'streamed_text', 'Generate', 'SiteCommand', 'NotebooksRun', 'NotebooksCheck', 'Bench', 'Runs', 'Corpora',
            'Notebooks', 'main']
 
-# %% ../nbs/A3_cli.ipynb #f44d0ae9
+# %% ../nbs/A3_cli.ipynb #f9497a9c
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from . import __version__
-from .corpora import CATALOGUE, BookError, cache_dir, documents, entry_folder, fetch, lookup, split_documents, write_stream
+from .corpora import CATALOGUE, BookError, cache_dir, documents, entry_folder, fetch, lookup, split_documents
 
 # %% ../nbs/A3_cli.ipynb #8e57f5de
 def _is_here(name: str) -> bool:
@@ -106,7 +106,7 @@ def consecutive_pieces(
         have += len(line)
     return ["".join(lines) for lines in out if lines]
 
-# %% ../nbs/A3_cli.ipynb #4952aa9a
+# %% ../nbs/A3_cli.ipynb #9e6da5da
 @dataclass
 class Pretrain:
     """Train a tokenizer and a model on text, into one folder; the same command again resumes.
@@ -141,17 +141,9 @@ class Pretrain:
 
     def prepare(self):
         "The tokenizer and the two streams, made once a run."
-        from llmbook.corpora import TokenStream
-        from llmbook.tokenization import BPETokenizer, load_tokenizer
+        from llmbook.pretraining import prepared, tokens_of
         folder = self.run_dir / "data"
-        if (folder / "valid").is_dir(): return load_tokenizer(folder / "tokenizer.json"), TokenStream(folder / "train"), TokenStream(folder / "valid")
-        parts = self.texts()
-        tokenizer = BPETokenizer.train(parts.train, self.vocab_size)
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder / "tokenizer.json")
-        eot = tokenizer.special["<|endoftext|>"]
-        streams = [write_stream(folder / name, docs, tokenizer.encode, eot, tokenizer.vocab_size) for name, docs in (("train", parts.train), ("valid", parts.valid))]
-        return tokenizer, *streams
+        return prepared(folder) or tokens_of(self.texts(), self.vocab_size, folder, special=("<|endoftext|>",))
 
     def by_recipe(self):
         "Carry out a recipe of the book; what it decides can't be given beside it."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'TrainConfig', 'LossScale', 'Callback', 'Loop', 'precision_seconds']
 
-# %% ../nbs/03c0_loop.ipynb #a75414f7
+# %% ../nbs/03c0_loop.ipynb #7b8c5931
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from .corpora import BookError, TokenStream, WindowSampler
-from .objectives import NextWord, Objective
+from .objectives import NextWord, Objective, tokens_predicted
 from .muon import OPTIMIZERS, make_optimizer
 from .optimizers import schedule
 
@@ -113,7 +113,7 @@ class Callback:
     def on_end(self, trainer):
         "After the last step of this process, whatever ended it."
 
-# %% ../nbs/03c0_loop.ipynb #7b42eb0c
+# %% ../nbs/03c0_loop.ipynb #4d704c2c
 class Loop:
     "Batches in, better weights out, nothing on disk: an optimizer on clipped, accumulated gradients, which leaves out the batches that would do harm."
     recent, enough, patience = 64, 20, 12  # steps that a spike is held against; so many at least; faults in a row that end the run
@@ -149,7 +149,7 @@ class Loop:
     def gradient(self) -> float:
         "Add up the gradients of `accumulate` batches, each by its share of the targets; returns their mean loss."
         drawn = [self.inputs(self.sampler.next()) for _ in range(self.config.accumulate)]
-        asked = [int((inputs["targets"] != -100).sum()) for inputs in drawn]
+        asked = [tokens_predicted(inputs) for inputs in drawn]
         total, factor = torch.zeros((), device=self.device), self.scale.factor if self.precision == "fp16" else 1.0
         for inputs, n in zip(drawn, asked):
             loss = self.batch_loss(inputs) * (n / sum(asked))

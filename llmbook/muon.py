@@ -98,7 +98,7 @@ def muon_groups(
     return [{"params": matrices, "muon": True, "lr_scale": 1.0, "weight_decay": weight_decay},
             {"params": others, "muon": False, "lr_scale": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/03ba0_muon.ipynb #81c0ae3e
+# %% ../nbs/03ba0_muon.ipynb #2b76d260
 OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda model, lr, weight_decay, betas: torch.optim.SGD(decay_groups(model, weight_decay), lr=lr, fused=True),
     "momentum": lambda model, lr, weight_decay, betas: torch.optim.SGD(decay_groups(model, weight_decay), lr=lr, momentum=betas[0], fused=True),
@@ -117,4 +117,6 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     "The optimizer of a name. `BookError` names the known ones."
     if name not in OPTIMIZERS: raise BookError(f"There is no optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}.")
-    return OPTIMIZERS[name](model, lr, weight_decay, betas)
+    optimizer = OPTIMIZERS[name](model, lr, weight_decay, betas)
+    for group in optimizer.param_groups: group["lr"] = lr * group.get("lr_scale", 1.0)
+    return optimizer

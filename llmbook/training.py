@@ -6,7 +6,7 @@
 __all__ = ['check_run', 'held_out_windows', 'token_bytes', 'Evaluated', 'plain', 'differing', 'described', 'read_log',
            'interruptible', 'Kept', 'Trainer', 'plot_history']
 
-# %% ../nbs/03c_training.ipynb #f698b09b
+# %% ../nbs/03c_training.ipynb #e7935562
 import json
 import math
 import os
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .checkpointing import (load_checkpoint, load_model_tensors, model_tensors, newest_checkpoint, pack_optimizer,
                                    random_state, save_checkpoint, set_random_state, unpack_optimizer, write_atomic)
-from .corpora import BookError, TokenStream, WindowSampler
+from .corpora import BookError, TokenStream
 from .loop import Callback, Loop, TrainConfig, precision_seconds
 from .metrics import TokenScores
 from .objectives import NextWord, Objective
@@ -417,13 +417,12 @@ class Trainer(Kept):
         "Save the trained model, with its tokenizer, where `from_pretrained` finds it."
         self.write_model(self.run_dir / "model")
 
-# %% ../nbs/03c_training.ipynb #2aa8fb2d
+# %% ../nbs/03c_training.ipynb #80cc5f4e
 def plot_history(
     history: list[dict],  # from `Trainer.fit`, or the lines of a log.jsonl
     title: str = "",
 ):  # plotly Figure
     "Training and held-out loss above, learning rate below, by step."
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     steps, evaluations = [r for r in history if "loss" in r], [r for r in history if "valid_loss" in r]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmbook.corpora import BookError
-from llmbook.metrics import (IGNORED, Confusion, Mean, TokenScores, accuracy, average_precision, bits_per_byte, bootstrap, class_scores,
+from llmbook.objectives import IGNORE
+from llmbook.metrics import (Confusion, Mean, TokenScores, accuracy, average_precision, bits_per_byte, bootstrap, class_scores,
                              confusion_matrix, perplexity, precision_recall_curve, redraw_confusion)
 
 sk = pytest.importorskip("sklearn.metrics")
@@ -71,7 +72,7 @@ def test_curve_equals_scikit_learn_with_ties(examples):
 def test_batches_equal_one_go(B, T, V, size, padding, seed):
     generator = torch.Generator().manual_seed(seed)
     scores, targets = torch.randn(B, T, V, generator=generator, dtype=torch.float64), torch.randint(V, (B, T), generator=generator)
-    targets[torch.rand(B, T, generator=generator) < padding] = IGNORED
+    targets[torch.rand(B, T, generator=generator) < padding] = IGNORE
     targets[0, 0] = 0
     whole, parts, other, table = TokenScores().add(scores, targets, B).value, TokenScores(), TokenScores(), Confusion(V)
     for i, (s, t) in enumerate(zip(scores.split(size), targets.split(size))):
@@ -110,7 +111,7 @@ def test_redrawn_matrices_have_the_right_mean_and_spread():
 
 @pytest.mark.parametrize("wrong", [
     lambda: accuracy(torch.zeros(2, 3), torch.tensor([0, 3])), lambda: accuracy(torch.zeros(2, 3), torch.tensor([0])),
-    lambda: accuracy(torch.zeros(2, 3), torch.tensor([IGNORED, IGNORED])), lambda: accuracy(torch.zeros(1, 3), torch.tensor([-1])),
+    lambda: accuracy(torch.zeros(2, 3), torch.tensor([IGNORE, IGNORE])), lambda: accuracy(torch.zeros(1, 3), torch.tensor([-1])),
     lambda: confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 2]), 2), lambda: confusion_matrix(torch.tensor([0]), torch.tensor([[0]]), 2),
     lambda: class_scores(torch.eye(2), "mean"), lambda: class_scores(torch.eye(2), zero_division=0.5),
     lambda: perplexity(0.0, 0), lambda: bits_per_byte(0.0, 0), lambda: bootstrap(lambda x: x.mean(-1), torch.zeros(1)),
