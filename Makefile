@@ -15,7 +15,7 @@ book: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
 
 test-all: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --do_print --timing --flags slow

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'SMOLLM_PATTERN', 'BYTE_ORDER', 'safe_pieces', 'read_texts', 'count_pieces', 'visible',
-           'invisible', 'merge_word', 'train_slow', 'PairIndex', 'train_fast']
+           'invisible', 'merge_word', 'train_slow', 'IndexedWords', 'PairIndex', 'train_fast']
 
 # %% ../nbs/01a0_bpe.ipynb #42186f4e
 import heapq
@@ -119,8 +119,8 @@ def train_slow(
         words = [(merge_word(ids, best, len(pieces) - 1), n) for ids, n in words]
     return learned
 
-# %% ../nbs/01a0_bpe.ipynb #6fda9bd5
-class PairIndex:
+# %% ../nbs/01a0_bpe.ipynb #fd4bcd21
+class IndexedWords:
     "All words in one array of ids, with the places and counts of every pair that occurs at least `floor` times."
     SHIFT = 1 << 24  # a pair (a, b) is kept as the number a * SHIFT + b
 
@@ -168,6 +168,10 @@ class PairIndex:
                 if now >= self.floor: heapq.heappush(self.heap, (-now, key, pair))
             if self.floor == 1: return None
             self.rescan()
+
+# %% ../nbs/01a0_bpe.ipynb #c0031332
+class PairIndex(IndexedWords):
+    "Words in which a pair can be merged; the index stays right."
 
     def _occurrences(self, pair: int) -> np.ndarray:
         "The places where a pair still stands, without overlaps (`aaa` holds `aa` once)."

@@ -25,13 +25,13 @@ from torch.optim import Optimizer
 
 from .corpora import BookError, file_sha256
 
-# %% ../nbs/03bb_checkpoints.ipynb #3617af6e
+# %% ../nbs/03bb_checkpoints.ipynb #e95ef1d9
 def model_tensors(
     model: nn.Module,  # any module
 ) -> dict[str, torch.Tensor]:  # name -> tensor, each storage once
-    "The weights and buffers that a checkpoint needs; a tensor shared by two names appears under the first."
-    first = {}
-    return {name: t for name, t in model.state_dict().items() if first.setdefault((t.data_ptr(), t.shape), name) == name}
+    "The weights and buffers that a checkpoint needs: all, or a model's `trained_state`; a tensor shared by two names appears under the first."
+    first, state = {}, model.trained_state() if hasattr(model, "trained_state") else model.state_dict()
+    return {name: t for name, t in state.items() if first.setdefault((t.data_ptr(), t.shape), name) == name}
 
 
 def load_model_tensors(

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'BookError', 'Entry', 'lookup', 'cache_dir', 'file_sha256', 'extract_members', 'entry_folder', 'fetch',
-           'synthetic_documents', 'documents', 'rows', 'Splits', 'split_documents', 'TokenStream', 'write_stream',
-           'WindowSampler']
+           'synthetic_documents', 'documents', 'film_texts', 'rows', 'Splits', 'split_documents', 'TokenStream',
+           'write_stream', 'WindowSampler']
 
-# %% ../nbs/00_corpora.ipynb #5420d34e
+# %% ../nbs/00_corpora.ipynb #f992f675
 import bz2
 import csv
 import difflib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -250,16 +249,22 @@ def documents(
     if name == "wikipedia": return list(dict.fromkeys(r["passage"] for r in _boolq(cache)))
     return [_play(_read_text(p)) for p in sorted(fetch(name, cache).glob("*_gut.txt"))]
 
-# %% ../nbs/00_corpora.ipynb #0f44042d
+# %% ../nbs/00_corpora.ipynb #3d9e39dd
+def film_texts(
+    cache: Path | None = None,  # the cache's folder; nothing: `cache_dir()`
+) -> list[dict]:                # text, label (fresh, rotten or plot), film
+    "All of Rotten Tomatoes as its file has it: reviews and plots, and which film each is about."
+    with bz2.open(fetch("rotten-tomatoes", cache) / "rotten_tomatoes_corpus_full.csv.bz2", "rt", encoding="utf-8", newline="") as f:
+        return [dict(text=r["text"], label=r["category"], film=r["movie_name"]) for r in csv.DictReader(f)]
+
+
 def rows(
     name: str,                  # the id of a labelled entry
     cache: Path | None = None,  # the cache's folder; nothing: `cache_dir()`
 ) -> list[dict]:                # one dict a row
     "The rows of a labelled set: BoolQ as question, passage, label (bool); Rotten Tomatoes as text, label (fresh or rotten)."
     if name == "boolq": return [dict(question=r["question"], passage=r["passage"], label=bool(r["label"])) for r in _boolq(cache) if "label" in r]
-    if name == "rotten-tomatoes":
-        with bz2.open(fetch(name, cache) / "rotten_tomatoes_corpus_full.csv.bz2", "rt", encoding="utf-8", newline="") as f:
-            return [dict(text=r["text"], label=r["category"]) for r in csv.DictReader(f) if r["category"] in ("fresh", "rotten")]
+    if name == "rotten-tomatoes": return [dict(text=r["text"], label=r["label"]) for r in film_texts(cache) if r["label"] != "plot"]
     raise BookError(f"{name} is a {lookup(name).kind} entry, not a labelled set: ask for boolq or rotten-tomatoes.")
 
 # %% ../nbs/00_corpora.ipynb #a82afc8f

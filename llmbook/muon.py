@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'orthogonal', 'Muon', 'matrices_and_rest', 'muon_groups', 'make_optimizer']
 
-# %% ../nbs/03ba0_muon.ipynb #c2bfd2b5
+# %% ../nbs/03ba0_muon.ipynb #788a6609
+import importlib
 import math
 from collections.abc import Callable
 
@@ -76,12 +77,12 @@ class Muon(torch.optim.AdamW):
         moves = orthogonal(ahead, group["steps"]).view(len(same), *same[0].shape)
         torch._foreach_add_(same, list(moves), alpha=-group["lr"] * size)
 
-# %% ../nbs/03ba0_muon.ipynb #8da1ecc8
+# %% ../nbs/03ba0_muon.ipynb #ae2217f9
 def matrices_and_rest(
-    model: nn.Module,   # any of the book's; its blocks are in `nn.ModuleList`s
+    model: nn.Module,   # any of the book's; its blocks are in an `nn.ModuleList`, or in whatever is called `layers`
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     "The matrices of the blocks, for Muon, and all other trainable parameters, for AdamW."
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) or name.rpartition(".")[2] == "layers"]
     inside = {id(p) for m in lists for name, p in m.named_parameters() if p.dim() >= 2 and not ("bias" in name or "embed" in name)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [p for p in trainable if id(p) in inside], [p for p in trainable if id(p) not in inside]
@@ -98,18 +99,19 @@ def muon_groups(
     return [{"params": matrices, "muon": True, "lr_scale": 1.0, "weight_decay": weight_decay},
             {"params": others, "muon": False, "lr_scale": rest, "weight_decay": 0.0}]
 
-# %% ../nbs/03ba0_muon.ipynb #2b76d260
+# %% ../nbs/03ba0_muon.ipynb #58ce01a9
 OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda model, lr, weight_decay, betas: torch.optim.SGD(decay_groups(model, weight_decay), lr=lr, fused=True),
     "momentum": lambda model, lr, weight_decay, betas: torch.optim.SGD(decay_groups(model, weight_decay), lr=lr, momentum=betas[0], fused=True),
     "rmsprop": lambda model, lr, weight_decay, betas: torch.optim.RMSprop(decay_groups(model, weight_decay), lr=lr, alpha=betas[1]),
     "adam": lambda model, lr, weight_decay, betas: torch.optim.Adam(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=True),
     "adamw": lambda model, lr, weight_decay, betas: torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=True),
-    "muon": lambda model, lr, weight_decay, betas: Muon(muon_groups(model, weight_decay), lr=lr, betas=betas)}
+    "muon": lambda model, lr, weight_decay, betas: Muon(muon_groups(model, weight_decay), lr=lr, betas=betas),
+    "paged-adamw": lambda *settings: importlib.import_module("llmbook.paging").paged_adamw(*settings)}
 
 
 def make_optimizer(
-    name: str,  # sgd, momentum, rmsprop, adam, adamw or muon
+    name: str,  # sgd, momentum, rmsprop, adam, adamw, muon or paged-adamw
     model: nn.Module,  # whose trainable parameters move
     lr: float,  # the learning rate; a group with an `lr_scale` moves at that multiple of it
     weight_decay: float = 0.1,  # on matrices only

@@ -4,14 +4,21 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'SHAPES', 'check_settings', 'SGD', 'Momentum', 'running_average', 'RMSprop', 'Adam', 'AdamW', 'decay_groups',
-           'constant', 'linear', 'cosine', 'step', 'exponential', 'wsd', 'schedule', 'check_schedule', 'check_options']
+           'constant', 'linear', 'cosine', 'step', 'exponential', 'wsd', 'schedule', 'check_schedule', 'check_options',
+           'untouched', 'RateTrial', 'find_learning_rate']
 
-# %% ../nbs/03b_optimizers.ipynb #5c492f7e
+# %% ../nbs/03b_optimizers.ipynb #390bd68f
 import difflib
 import inspect
 import math
+import random
 from collections.abc import Callable
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -178,7 +185,7 @@ def exponential(
     "The same factor at every step."
     return (0.01 ** (1 / n) if gamma is None else gamma) ** t
 
-# %% ../nbs/03b_optimizers.ipynb #d64e3526
+# %% ../nbs/03b_optimizers.ipynb #99d7cb25
 def wsd(
     t: int,  # steps since the warm-up ended
     n: int,  # steps from there to the end
@@ -186,7 +193,7 @@ def wsd(
     tail: str = "linear",  # 'linear' or 'sqrt' (1 − √x)
 ) -> float:
     "1 until the last share `decay` of the run, then down to 0."
-    x = max(0.0, (t - n * (1 - decay)) / (n * decay)) if decay else 0.0
+    x = min(1.0, max(0.0, (t - n * (1 - decay)) / (n * decay))) if decay else 0.0  # rounding may lead a hair beyond 1
     return 1 - (math.sqrt(x) if tail == "sqrt" else x)
 
 
@@ -238,3 +245,121 @@ def check_options(name: str, kw: dict) -> None:
             raise BookError(f"The {name} schedule has no option {key!r}: it takes {', '.join(known) or 'none'}.")
         if not fits.get(key, bool)(value):
             raise BookError(f"{key}={value!r} can't be used: every ≥ 1, 0 < gamma ≤ 1, 0 ≤ decay ≤ 1, tail linear or sqrt.")
+
+# %% ../nbs/03b_optimizers.ipynb #da7a87ec
+def _generators() -> list:
+    "What sets Python's, numpy's and torch's global generators, each with a copy of its state."
+    gpus = [(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())] if torch.cuda.is_initialized() else []
+    return [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
+            (torch.set_rng_state, torch.get_rng_state()), *gpus]
+
+
+def _moved(optimizer: Optimizer) -> list[nn.Parameter]:
+    "The parameters of all groups, in order."
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _copy(thing) -> tuple:
+    "What puts a generator or a sampler back, and a copy of where it stands."
+    if isinstance(thing, torch.Generator):
+        return thing.set_state, thing.get_state()
+    return thing.load_state_dict, deepcopy(thing.state_dict())
+
+
+@contextmanager
+def untouched(
+    model: nn.Module,  # its parameters, buffers and gradients are kept
+    optimizer: Optimizer,  # its state and the settings of its groups are kept
+    *others,  # what else moves: anything with `state_dict` and `load_state_dict`, or a torch.Generator
+):
+    "Whatever happens inside, put everything back at the end, bit for bit; global random numbers too."
+    tensors = [(t, t.detach().clone(), None if t.grad is None else t.grad.clone())
+               for t in chain(model.parameters(), model.buffers())]
+    memory = deepcopy({i: optimizer.state[p] for i, p in enumerate(_moved(optimizer)) if p in optimizer.state})
+    groups = [deepcopy({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+    kept = [*map(_copy, others), *_generators()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, value, grad in tensors:
+                t.copy_(value)
+                t.grad = grad
+        optimizer.state.clear()
+        optimizer.state.update({p: memory[i] for i, p in enumerate(_moved(optimizer)) if i in memory})
+        for group, settings in zip(optimizer.param_groups, groups):
+            for name in group.keys() - settings.keys() - {"params"}:
+                del group[name]
+            group.update(settings)
+        for put_back, state in kept:
+            put_back(state)
+
+# %% ../nbs/03b_optimizers.ipynb #3431a818
+@dataclass(frozen=True)
+class RateTrial:
+    "What a trial of rising learning rates saw, and what it proposes."
+    rates: list[float]  # one a step, rising
+    losses: list[float]  # of the batch before that step
+    smoothed: list[float]  # their bias-corrected running mean
+
+    @property
+    def lowest(self) -> int:
+        "The step with the lowest smoothed loss; the first ten are a mean of too few."
+        return min(range(10, len(self.smoothed)), key=self.smoothed.__getitem__)
+
+    @property
+    def steepest(self) -> float:
+        "The rate at which the smoothed loss falls fastest per factor of the rate, before its lowest point."
+        reach = max(1, len(self.rates) // 20)  # slopes over a tenth of the trial, because single differences are noise
+        middles = range(reach, max(reach + 1, self.lowest - reach + 1))
+        return self.rates[min(middles, key=lambda t: self.smoothed[t + reach] - self.smoothed[t - reach])]
+
+    @property
+    def tenth(self) -> float:
+        "A tenth of the rate at the lowest smoothed loss."
+        return self.rates[self.lowest] / 10
+
+# %% ../nbs/03b_optimizers.ipynb #5f957d89
+def find_learning_rate(
+    loss: Callable[[], float],  # draws a batch, does the backward pass into cleared gradients, returns the loss
+    model: nn.Module,  # what is trained
+    optimizer: Optimizer,  # of its parameters; a group with an `lr_scale` moves at that multiple of the rate
+    *others,  # what else the trial would move: a sampler, a torch.Generator (see `untouched`)
+    low: float = 1e-6,  # the first rate
+    high: float = 10.0,  # the last one, if the loss lasts so long
+    steps: int = 100,  # steps from one to the other
+    beta: float = 0.9,  # share of the old mean that the smoothed loss keeps
+    diverged: float = 1.5,  # the trial ends where the smoothed loss exceeds so many times the mean of the first ten
+) -> RateTrial:
+    "The range test of Smith 2017: raise the rate by a factor a step until the loss diverges. Nothing stays changed."
+    if not (0 < low < high < math.inf and steps >= 20 and 0 <= beta < 1 and diverged > 1):
+        raise BookError(f"A trial from low={low} to high={high} in steps={steps}, beta={beta}, diverged={diverged} can't be run: "
+                        "choose 0 < low < high, at least 20 steps, 0 ≤ beta < 1 and diverged above 1.")
+    trial, mean = RateTrial([], [], []), 0.0
+    with untouched(model, optimizer, *others):
+        for t in range(steps):
+            optimizer.zero_grad()
+            value, rate = float(loss()), low * (high / low) ** (t / (steps - 1))
+            mean = beta * mean + (1 - beta) * value
+            smoothed = mean / (1 - beta ** (t + 1))
+            if not math.isfinite(value) or (t > 9 and smoothed > diverged * np.mean(trial.losses[:10])):
+                break
+            for kept, number in ((trial.rates, rate), (trial.losses, value), (trial.smoothed, smoothed)):
+                kept.append(number)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            optimizer.step()
+    return _checked(trial, low)
+
+
+def _checked(trial: RateTrial, low: float) -> RateTrial:
+    "The trial, or `BookError` if there is nothing to read off it."
+    if len(trial.rates) <= 10:
+        raise BookError(f"The loss diverged after {len(trial.rates)} steps from a learning rate of {low:g}: choose a lower `low`, "
+                        "and look for a loss that is not a number already at the start.")
+    start, noise = np.mean(trial.losses[:10]), np.std(np.diff(trial.losses[:trial.lowest + 1])) / math.sqrt(2)
+    if start - trial.smoothed[trial.lowest] <= max(1.5 * noise, 1e-6 * abs(start)):
+        raise BookError(f"From {low:g} to {trial.rates[-1]:g} the loss fell by no more than batches differ among themselves: "
+                        "use larger batches or a lower `low`, or see whether `loss` does the backward pass "
+                        "and the optimizer holds the model's parameters.")
+    return trial

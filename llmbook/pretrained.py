@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SMOLLM_SYSTEM', 'write_folder', 'weight_files', 'read_folder', 'pair_halves', 'read_gguf', 'translate',
-           'load_exactly', 'locate', 'read_model', 'pretrained_tokenizer', 'chat_prompt']
+           'take_exactly', 'load_exactly', 'shipped_models', 'locate', 'read_model', 'pretrained_tokenizer',
+           'chat_pieces', 'chat_prompt']
 
-# %% ../nbs/02b0_pretrained.ipynb #ed668207
+# %% ../nbs/02b0_pretrained.ipynb #9f62a1c7
 import json
 import os
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -153,30 +155,44 @@ def translate(
     if kind == "llama": return _llama_shape(config), {k.removeprefix("model."): w for k, w in weights.items() if not k.endswith("rotary_emb.inv_freq")}
     raise BookError(f"A model of type {kind!r} can't be loaded as a decoder: it must be gpt2, llama or one of this book's.")
 
-# %% ../nbs/02b0_pretrained.ipynb #1e34bde6
-def load_exactly(
-    model: torch.nn.Module,                 # gets the weights
-    weights: dict[str, torch.Tensor],       # must match its parameters one to one
+# %% ../nbs/02b0_pretrained.ipynb #18f60357
+def take_exactly(
+    own: dict[str, torch.nn.Parameter],     # get the values
+    weights: dict[str, torch.Tensor],       # must match them one to one
     source: str = "the checkpoint",         # for the message
 ):
-    "Copy weights into a model; BookError names what is missing, left over or of another shape, and then nothing is copied."
-    own = dict(model.named_parameters())
-    if (tied := getattr(model, "tied", None)) and tied in weights: weights = {k: w for k, w in weights.items() if k != tied}
+    "Copy values into parameters; BookError names what is missing, left over or of another shape, and then nothing is copied."
     faults = {"lacks": sorted(own.keys() - weights.keys()), "has too many": sorted(weights.keys() - own.keys()),
-              "has another shape for": [f"{k} ({tuple(weights[k].shape)}, not {tuple(own[k].shape)})" for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]}
+              "has another shape for": [f"{k} ({tuple(weights[k].shape)}, not {tuple(own[k].shape)})" for k in sorted(own.keys() & weights.keys()) if own[k].shape != weights[k].shape]}
     said = [f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" for what, names in faults.items() if names]
     if said: raise BookError(f"The weights don't fit the model: {source} {'; it '.join(said)}: load it with the configuration it was saved with.")
     with torch.no_grad():
         for name, parameter in own.items(): parameter.copy_(weights[name])
 
-# %% ../nbs/02b0_pretrained.ipynb #f7834658
+
+def load_exactly(
+    model: torch.nn.Module,                 # gets the weights
+    weights: dict[str, torch.Tensor],       # must match its parameters one to one
+    source: str = "the checkpoint",         # for the message
+):
+    "All of a model's parameters by `take_exactly`; a tied head may be stored twice."
+    if (tied := getattr(model, "tied", None)) and tied in weights: weights = {k: w for k, w in weights.items() if k != tied}
+    take_exactly(dict(model.named_parameters()), weights, source)
+
+# %% ../nbs/02b0_pretrained.ipynb #f7ab03b8
+def shipped_models() -> dict[str, Path]:
+    "The models that come with this package: name → folder."
+    return {p.parent.name: p.parent for p in sorted(Path(str(files("llmbook"))).glob("models/*/config.json"))}
+
+
 def locate(
-    name: str | Path,  # a folder, a .gguf file, a catalogue id, or hf:owner/name
+    name: str | Path,  # a folder, a .gguf file, a model of this package, a catalogue id, or hf:owner/name
 ) -> Path:
     "The folder or GGUF file that a model's name leads to; fetched first where needed."
     path = Path(name)
     if path.exists(): pass
     elif str(name).startswith("hf:"): path = fetch(str(name))
+    elif str(name) in (own := shipped_models()): path = own[str(name)]
     elif str(name) in CATALOGUE: path = fetch(str(name), progress=True)
     elif os.sep in str(name): raise BookError(f"There is no model folder {name}: check the path, or train one with `llmbook pretrain`.")
     else: lookup(str(name))
@@ -204,15 +220,21 @@ def pretrained_tokenizer(name: str | Path) -> Tokenizer:
     path = locate(name)
     return _gguf_tokenizer(path) if path.suffix == ".gguf" else load_tokenizer(path / "tokenizer.json")
 
-# %% ../nbs/02b0_pretrained.ipynb #abce873d
+# %% ../nbs/02b0_pretrained.ipynb #28f92f2c
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
-def chat_prompt(
-    messages: list[dict],   # each with "role" (system, user, assistant) and "content"
-    reply: bool = True,     # end with the opening of the assistant's turn
-) -> str:
-    "A conversation in the form that SmolLM2 was trained on; special tokens inside a message's content are refused."
+def chat_pieces(
+    messages: list[dict],           # each with "role" (system, user, assistant) and "content"
+) -> list[tuple[str, str]]:         # who says it (empty: the form itself), and the text
+    "A conversation in the form that SmolLM2 was trained on, in pieces; special tokens inside a message's content are refused."
     for m in messages:
         if "<|im_" in m["content"]: raise BookError(f"The {m['role']} message holds a special token (<|im_…|>), which would end its turn: remove it.")
     if messages and messages[0]["role"] != "system": messages = [{"role": "system", "content": SMOLLM_SYSTEM}, *messages]
-    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n" * reply
+    return [piece for m in messages for piece in (("", "<|im_start|>"), ("", m["role"] + "\n"), (m["role"], m["content"]), (m["role"], "<|im_end|>"), ("", "\n"))]
+
+def chat_prompt(
+    messages: list[dict],   # as above
+    reply: bool = True,     # end with the opening of the assistant's turn
+) -> str:
+    "A conversation as one text, ready for the model to go on."
+    return "".join(text for _, text in chat_pieces(messages)) + "<|im_start|>assistant\n" * reply

@@ -6,14 +6,13 @@
 __all__ = ['layer_norm', 'rms_norm', 'StackConfig', 'Norm', 'Branch', 'make_layer', 'Stack', 'scale_by_depth',
            'gradient_by_depth', 'StackLM']
 
-# %% ../nbs/02aa_residuals.ipynb #ad2cf1b4
+# %% ../nbs/02aa_residuals.ipynb #0e196dee
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .attention import MultiHeadAttention
 from .corpora import BookError

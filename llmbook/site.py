@@ -6,8 +6,7 @@
 __all__ = ['mathml', 'typeset', 'remote_parts', 'page_outputs', 'local_links', 'Reference', 'split_opening', 'process_notebook',
            'plotly_script', 'finish_page', 'finish_style', 'finish_copy', 'build_site', 'serve', 'page_faults']
 
-# %% ../nbs/A2_site.ipynb #f96523c0
-import json
+# %% ../nbs/A2_site.ipynb #65e944b4
 import re
 import shutil
 import subprocess

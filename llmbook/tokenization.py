@@ -22,7 +22,7 @@ import regex
 from .bpe import BYTE_ORDER, GPT2_PATTERN, SMOLLM_PATTERN, count_pieces, invisible, safe_pieces, train_fast, visible
 from .corpora import BookError
 
-# %% ../nbs/01a_tokenization.ipynb #073a0cf9
+# %% ../nbs/01a_tokenization.ipynb #4ee02934
 class Tokenizer:
     "What every tokenizer can do; a subclass gives `_encode`, `_piece`, `to_dict` and `from_dict`."
     kinds: dict[str, type["Tokenizer"]] = {}                # name in a saved file → class
@@ -79,16 +79,18 @@ class Tokenizer:
         half.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
         os.replace(half, path)
 
-_LATER = {"UnigramTokenizer": "llmbook.sentencepiece_unigram", "SentencePieceTokenizer": "llmbook.sentencepiece_unigram"}   # kinds of the next chapter
+_LATER = {"UnigramTokenizer": "llmbook.sentencepiece_unigram", "SentencePieceTokenizer": "llmbook.sentencepiece_unigram",
+          "WordPieceTokenizer": "llmbook.wordpiece"}   # kinds of the next chapters
 
 def load_tokenizer(path: Path) -> Tokenizer:
     "Read a tokenizer that `save` wrote, or a `tokenizer.json` of the `tokenizers` library."
     try: data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError): raise BookError(f"{path} can't be read as a tokenizer: give the path of a file that save(...) wrote or of a tokenizer.json.") from None
+    if isinstance(data, dict) and isinstance(model := data.get("model"), dict) and model.get("type") == "WordPiece": data = {"kind": "WordPieceTokenizer", **data}
     if isinstance(data, dict) and data.get("kind") in _LATER.keys() - Tokenizer.kinds.keys(): importlib.import_module(_LATER[data["kind"]])
     if not isinstance(data, dict) or ("model" not in data and data.get("kind") not in Tokenizer.kinds):
         raise BookError(f"{path} is JSON but holds no tokenizer: give the path of a file that save(...) wrote or of a tokenizer.json.")
-    try: return BPETokenizer.from_tokenizer_json(path) if "model" in data else Tokenizer.kinds[data["kind"]].from_dict(data)
+    try: return Tokenizer.kinds[data["kind"]].from_dict(data) if "kind" in data else BPETokenizer.from_tokenizer_json(path)
     except (KeyError, TypeError, AttributeError, IndexError) as e: raise BookError(f"{path} is damaged: its tokenizer has no proper {e}; make or fetch the file again.") from None
 
 # %% ../nbs/01a_tokenization.ipynb #9bfcea74

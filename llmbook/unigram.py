@@ -302,7 +302,7 @@ class UnigramTrainer:
         order = np.argsort(-loss, kind="stable")[:max(target, int(share * len(loss)))]
         self._keep(order[loss[order] > -np.inf])
 
-# %% ../nbs/01b0_unigram.ipynb #27e87bba
+# %% ../nbs/01b0_unigram.ipynb #00c9c5bb
 def required_characters(
     lines: Iterable[str],   # normalized
     coverage: float,        # share of the text that they must make up
@@ -310,7 +310,7 @@ def required_characters(
     "The most frequent characters that cover a share of a text, most frequent first."
     counts = Counter()
     for line in lines: counts.update(line)
-    seen, needed = 0, coverage * sum(counts.values())
+    needed = coverage * sum(counts.values())
     ranked = sorted(counts.items(), key=lambda x: (-x[1], x[0]))
     return [c for c, before in zip((c for c, _ in ranked), np.cumsum([0] + [k for _, k in ranked])) if before < needed]
 

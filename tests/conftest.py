@@ -2,9 +2,11 @@
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,17 +67,35 @@ def visit(browser):
     for v in opened: v.context.close()
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    "The site built from the stored notebooks in a copy of the project, and its address."
-    from llmbook.site import build_site, serve
-    copy = tmp_path_factory.mktemp("project")
+def made_once(base: Path, name: str, make: Callable[[Path], None]) -> Path:
+    "A folder that all of pytest-xdist's processes use and the first one to want it fills; the others wait for it."
+    folder = base / name
+    with FileLock(base / f"{name}.lock"):
+        if not (whole := base / f"{name}.whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
+
+
+def project_with_site(copy: Path):
+    "Copy what the site is made from, and build it there."
+    from llmbook.site import build_site
     for name in ("settings.ini", "_quarto.yml"): shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns("_*", ".*"))
     before = Path.cwd()
     os.chdir(copy)
     try: build_site(progress=False)
     finally: os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The site built from the stored notebooks in a copy of the project, and its address; one copy for all processes."
+    from llmbook.site import serve
+    base = tmp_path_factory.getbasetemp()
+    copy = made_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base, "project", project_with_site)
     server = serve(copy / "_docs")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield copy / "_docs", f"http://127.0.0.1:{server.server_port}/"

@@ -98,3 +98,34 @@ def test_shapes_and_segments_that_make_no_sense_are_one_sentence():
     assert "texts × tokens" in sentence(lambda: model(ids[0])) and "texts × tokens" in sentence(lambda: model(ids[:, :0]))
     assert "segment" in sentence(lambda: model(ids, segments=ids + 2)) and "segment" in sentence(lambda: model(ids, segments=ids - 1))
     assert "mask" in sentence(lambda: model(ids, mask=torch.ones(2, 3, 3)))
+
+
+def interleaved(w: torch.Tensor, heads: int) -> torch.Tensor:
+    "Rows of a projection whose pairs are (i, i + D/2) → rows whose pairs are neighbours, as RoFormer has them."
+    return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(w.shape)
+
+
+def test_with_rotary_positions_it_is_roformer():
+    transformers = pytest.importorskip("transformers")
+    model = BertForPreTraining(Bert(BertConfig(20, 3, 4, 32, 48, context=16, dropout=0.0, position="rope"), pooler=False)).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
+    theirs = transformers.RoFormerForMaskedLM(transformers.RoFormerConfig(
+        vocab_size=20, embedding_size=32, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=16)).eval()
+    weights = {k.replace("bert.", "roformer.", 1): interleaved(w, 4) if ".query." in k or ".key." in k else w for k, w in model.state_dict().items()}
+    weights = {k.replace("predictions.bias", "predictions.decoder.bias"): w for k, w in weights.items()} | {k: w for k, w in weights.items() if k.endswith("predictions.bias")}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and all("embed_positions" in k or "decoder.weight" in k for k in missing), (missing, unexpected)
+    ids, real = torch.randint(0, 20, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+    real[1, 6:] = False
+    with torch.no_grad(): torch.testing.assert_close(model(ids, mask=real)[0][real], theirs(ids, attention_mask=real.long()).logits[real], atol=1e-4, rtol=1e-5)
+
+
+def test_rotary_shape_is_saved_with_the_model(tmp_path):
+    model = Bert(BertConfig(20, 1, 2, 16, position="rope", rope_theta=50.0, init_std=0.1))
+    save_bert(model, tmp_path / "m")
+    again = load_bert(tmp_path / "m")
+    assert again.config == model.config and "embeddings.position_embeddings.weight" not in again.state_dict()
+    ids = torch.randint(0, 20, (1, 7))
+    torch.testing.assert_close(again(ids), model.eval()(ids), rtol=0, atol=0)
+    with pytest.raises(BookError, match="position='sideways'"): BertConfig(20, 1, 2, 16, position="sideways")
+    with pytest.raises(BookError, match="no pairs to turn"): BertConfig(20, 1, 2, 6, position="rope")

@@ -75,3 +75,17 @@ def test_wrong_definitions_are_sentences():
     for make in (lambda: Choice("C", []), lambda: Choice("C", [1], 2), lambda: Dashboard(lambda n: 3, dict(n=Slider("N", [1])), title="T").sweep()):
         with pytest.raises((ValueError, TypeError)) as e: make()
         assert len(str(e.value)) > 20 and "\n" not in str(e.value)
+
+
+def test_a_slider_can_be_played_in_both_skins():
+    d = Dashboard(lambda n, m: Html(f"{n} {m}"), dict(n=Slider("N", [2, 5, 9], play=True), m=Slider("M", [1, 2])), title="T")
+    page = d.to_html()
+    assert page.count("<button") == 1 and 'data-play="n" aria-label="Play N"' in page
+    live = d.live()
+    played, plain = live.children[1].children
+    slider, play = played.children
+    for index, seen in ((2, "9 1"), (0, "2 1"), (1, "5 1")):
+        play.value = index
+        assert slider.index == index and live.children[2].children[0].value == seen
+    slider.value = 9
+    assert play.value == 2 and not hasattr(plain, "children")

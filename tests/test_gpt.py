@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmbook.attention import attention
+from llmbook.attention import MultiHeadAttention, attention
 from llmbook.corpora import BookError
 from llmbook.gpt import GPT, GPTConfig
 
@@ -268,6 +268,7 @@ def test_shapes_that_make_no_sense_are_one_sentence():
     q = torch.randn(1, 1, 3, 2)
     refused(lambda: attention(q, q, q, torch.ones(3, 3)), "booleans")
     refused(lambda: attention(q, q, q, torch.ones(2, 3, dtype=torch.bool)), "queries")
+    for x in (torch.randn(2, 3, 6), torch.randn(3, 8)): refused(lambda: MultiHeadAttention(8, 2)(x), "width 8")
 
 
 @contextmanager

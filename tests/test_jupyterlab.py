@@ -14,6 +14,7 @@ import pytest
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {"01a_tokenization": "Tokenizers compared", "02b_gpt": "Attention by layer and head", "02e_sizing": "Model sizing", "03b_optimizers": "Learning-rate schedules"}
+LONG = {"01a_tokenization", "02b_gpt", "03b_optimizers"}  # the same class of dashboard, behind minutes of other cells
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def open_and_run(v, lab, name):
     return page
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NOTEBOOKS])
 def test_dashboard_is_live(lab, visit, name):
     v = visit(lab)
     page = open_and_run(v, lab, name)

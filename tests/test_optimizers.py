@@ -1,12 +1,15 @@
 """What the chapter can't show: random settings, closures, saved state, and schedules at their edges."""
+import random
+
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from llmbook.corpora import BookError
-from llmbook.optimizers import SGD, SHAPES, Adam, AdamW, Momentum, RMSprop, decay_groups, schedule
+from llmbook.optimizers import SGD, SHAPES, Adam, AdamW, Momentum, RMSprop, decay_groups, find_learning_rate, schedule
 
 torch_optim = torch.optim
 
@@ -99,6 +102,7 @@ def test_bad_settings_are_refused(make, wrong):
 
 
 @settings(max_examples=200, deadline=None)
+@example("wsd", 81, 0.0, 1.0, 0.0)
 @given(name=st.sampled_from(list(SHAPES)), steps=st.integers(1, 300), share=st.floats(0, 0.99), peak=st.floats(0, 10),
        bottom=st.floats(0, 1))
 def test_a_schedule_rises_to_its_peak_and_never_rises_again(name, steps, share, peak, bottom):
@@ -128,3 +132,161 @@ def test_bad_schedules_are_refused_in_one_sentence(wrong, says):
 def test_a_reader_can_add_a_shape(monkeypatch):
     monkeypatch.setitem(SHAPES, "inverse_sqrt", lambda t, n, k=100: (1 + t / k) ** -0.5)
     assert schedule("inverse_sqrt", peak=1.0, steps=10, k=3)(9) == pytest.approx(0.5)
+
+
+class Ticks:
+    "A position in some data that counts batches, as a sampler does."
+    def __init__(self): self.at = 0
+    def state_dict(self): return {"at": self.at}
+    def load_state_dict(self, state): self.at = state["at"]
+
+
+def everything(model, optimizer, ticks, draw):
+    "All that a trial could have moved, as one comparable list."
+    tensors = [t.clone() for t in [*model.parameters(), *model.buffers()]]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    memory = [{k: torch.as_tensor(v).clone() for k, v in optimizer.state.get(p, {}).items() if v is not None} for p in model.parameters()]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    states = torch.get_rng_state(), draw.get_state(), torch.from_numpy(np.random.get_state()[1].astype(np.int64))
+    return tensors, grads, memory, groups, states, np.random.get_state()[2:], random.getstate(), ticks.at
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def noisy(make, warm):
+    "A model with dropout, batch statistics and a padding row, trained for `warm` steps, and a function that draws batches in every way."
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    optimizer, ticks, draw = make(model), Ticks(), torch.Generator().manual_seed(1)
+
+    def loss():
+        ticks.at += 1
+        x = torch.randn(32, 6, generator=draw) + 0.01 * random.random() + 0.01 * np.random.rand()
+        value = nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long() + (x[:, 1] > 1).long())
+        value.backward()
+        return value.item()
+    for _ in range(warm):
+        optimizer.zero_grad()
+        loss()
+        optimizer.step()
+    return model, optimizer, ticks, draw, loss
+
+
+MAKES = {"SGD": lambda m: SGD(m.parameters(), lr=0.1), "Momentum": lambda m: Momentum(m.parameters(), lr=0.1), "Adam": lambda m: Adam(m.parameters()),
+         "torch's AdamW": lambda m: torch_optim.AdamW(decay_groups(m, 0.1), lr=1e-3, fused=True),
+         "scaled groups": lambda m: torch_optim.AdamW([{"params": [p], "lr_scale": 1.0 + i} for i, p in enumerate(m.parameters())])}
+
+
+@pytest.mark.parametrize("warm", [0, 3])
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+def test_a_trial_leaves_no_trace(make, warm):
+    model, optimizer, ticks, draw, loss = noisy(make, warm)
+    before = everything(model, optimizer, ticks, draw)
+    trial = find_learning_rate(loss, model, optimizer, ticks, draw, low=1e-5)
+    assert 1e-5 <= trial.steepest <= trial.rates[trial.lowest] and trial.tenth == trial.rates[trial.lowest] / 10
+    assert equal(before, everything(model, optimizer, ticks, draw))
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+def test_a_run_with_a_trial_ends_where_one_without_ends(make):
+    ends = []
+    for tried in (False, True):
+        model, optimizer, ticks, draw, loss = noisy(make, warm=3)
+        if tried: find_learning_rate(loss, model, optimizer, ticks, draw, low=1e-5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss()
+            optimizer.step()
+        ends.append(everything(model, optimizer, ticks, draw))
+    assert equal(*ends)
+
+
+def test_a_failing_trial_leaves_no_trace():
+    model, optimizer, ticks, draw, loss = noisy(MAKES["torch's AdamW"], 3)
+    before, left = everything(model, optimizer, ticks, draw), iter(range(15))
+
+    def fails():
+        next(left)
+        return loss()
+    with pytest.raises(StopIteration): find_learning_rate(fails, model, optimizer, ticks, draw)
+    assert equal(before, everything(model, optimizer, ticks, draw))
+
+
+def test_a_trial_moves_each_group_at_its_own_multiple():
+    model = nn.Linear(4, 2)
+    optimizer, seen = SGD([{"params": [model.weight], "lr_scale": 1.0}, {"params": [model.bias], "lr_scale": 3.0}], lr=0.1), []
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss():
+        seen.append([g["lr"] for g in optimizer.param_groups])
+        value = (model(x) - x[:, :2]).square().mean()
+        value.backward()
+        return value.item()
+    trial = find_learning_rate(loss, model, optimizer, low=1e-3)
+    assert [s[0] for s in seen[1:len(trial.rates)]] == trial.rates[:len(seen) - 1][:len(trial.rates) - 1]
+    assert all(b == 3 * a for a, b in seen[1:])
+
+
+@pytest.mark.parametrize("bend", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("make, limit", [(SGD, 2), (lambda p: Momentum(p, momentum=0.5), 3)])
+def test_the_cliff_is_where_theory_puts_it(bend, make, limit):
+    "On bend·p²/2 gradient descent is stable up to 2/bend, with momentum m up to 2(1 + m)/bend: the loss turns near it, and both proposals are below."
+    p = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    model = nn.ParameterList([p])
+
+    def loss():
+        value = bend * (p ** 2).sum() / 2
+        value.backward()
+        return value.item()
+    trial = find_learning_rate(loss, model, make([p]), low=1e-4 / bend, high=100 / bend, steps=200, beta=0.0)
+    stable = limit / bend
+    assert stable / 3 < trial.rates[trial.lowest] < 1.5 * stable and trial.steepest < stable and trial.tenth < stable
+    assert trial.rates[-1] < 100 / bend, "the trial stops when the loss diverges"
+
+
+def constant_loss(p):
+    p.grad = torch.zeros_like(p)
+    return 1.0
+
+
+@pytest.mark.parametrize("loss, options, says", [
+    (constant_loss, {}, "no more than"), (lambda p: float("nan"), {}, "diverged after 0 steps"), (constant_loss, dict(low=0.0), "low=0.0"),
+    (constant_loss, dict(low=1.0, high=0.1), "high=0.1"), (constant_loss, dict(steps=5), "steps=5"), (constant_loss, dict(beta=1.0), "beta=1.0"),
+    (constant_loss, dict(diverged=1.0), "diverged=1.0")])
+def test_a_trial_that_can_not_be_read_is_refused(loss, options, says):
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(BookError, match=says) as e:
+        find_learning_rate(lambda: loss(p), nn.ParameterList([p]), SGD([p]), **options)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_optimizer_of_other_parameters_is_noticed(seed):
+    "Noise alone isn't taken for a fall."
+    model, _, ticks, draw, loss = noisy(MAKES["SGD"], 0)
+    draw.manual_seed(seed)
+    with pytest.raises(BookError, match="no more than batches differ"):
+        find_learning_rate(loss, model, SGD([nn.Parameter(torch.ones(1))]), ticks, draw)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "paged-adamw"])
+def test_the_trainers_loop_can_be_tried(name, tmp_path):
+    from llmbook.corpora import write_stream
+    from llmbook.gpt import GPT, GPTConfig
+    from llmbook.loop import Loop, TrainConfig
+    torch.manual_seed(0)
+    stream = write_stream(tmp_path / "s", ["abcdefghijklmno" * 20] * 10, lambda text: [ord(c) - 97 for c in text], eot=15, vocab_size=16, progress=False)
+    loops = [Loop(GPT(GPTConfig.llama(vocab_size=16, context=8, n_layer=1, n_head=2, n_embd=16)),
+                  TrainConfig(steps=4, batch_size=4, context=8, optimizer=name, precision="fp32"), stream) for _ in range(2)]
+    loops[1].model.load_state_dict(loops[0].model.state_dict())
+    loop = loops[1]
+    trial = find_learning_rate(loop.gradient, loop.model, loop.optimizer, loop.sampler)
+    assert trial.tenth > 1e-6
+    for loop in loops:
+        for _ in range(4): loop.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(loops[0].model.parameters(), loops[1].model.parameters()))

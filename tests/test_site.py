@@ -26,9 +26,9 @@ def test_copies_for_language_models(site):
         assert '"pool":' not in copy.read_text()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme, width", [("light", 390), ("dark", 1400)])
 def test_every_page_opens_without_a_fault(site, visit, scheme, width):
+    "Colours don't depend on the width, nor the layout on the scheme, so two visits see both of each."
     _, base = site
     v = visit(base, color_scheme=scheme, viewport={"width": width, "height": 900})
     for name in PAGES:
@@ -103,6 +103,29 @@ def test_dashboards_move_by_mouse(site, visit, name):
     page.wait_for_timeout(400)
     after = state()
     assert after[0] != before[0] and after[1] != before[1] and v.faults == []
+
+
+def test_a_slider_plays_to_its_end_and_again_from_the_start(site, visit):
+    v = visit(site[1])
+    page = v.open("03b_optimizers.html")
+    board, state = state_of(page, "A race on a loss surface")
+    button, shown = board.locator("button[data-play]"), board.locator("output").last
+    before = state()
+    button.focus()
+    page.keyboard.press("Enter")
+    shown.filter(has_text="4").first.wait_for(timeout=10_000)
+    assert state()[1] != before[1]
+    page.keyboard.press("Enter")   # pauses
+    held = shown.inner_text()
+    page.wait_for_timeout(1_000)
+    assert shown.inner_text() == held
+    slider = board.locator("input[type=range]").last
+    slider.focus()
+    page.keyboard.press("End")
+    assert shown.inner_text() == "80"
+    button.click()
+    page.wait_for_timeout(200)
+    assert shown.inner_text() == "0" and v.faults == []
 
 
 def test_a_dashboard_follows_the_switch_to_dark(site, visit):

@@ -98,8 +98,9 @@ def begun(data, run_dir, steps, ready):
     return process
 
 
-def kill_later(process, seconds, inside):
-    "SIGKILL after some time; `inside`: wait on for the next checkpoint that is being written. True if one was."
+def kill_later(process, log, lines, seconds, inside):
+    "SIGKILL some time after the log has so many lines; `inside`: wait on for the next checkpoint that is being written. True if the process still ran."
+    while process.exitcode is None and (not log.exists() or log.read_bytes().count(b"\n") < lines): time.sleep(0.001)
     process.join(seconds)
     while inside and process.exitcode is None and not any(inside.glob(".step-*")): pass
     process.kill()
@@ -108,7 +109,7 @@ def kill_later(process, seconds, inside):
 
 
 def killed_run(data, folder, steps, kills, seed):
-    "An uninterrupted run, and one that is killed at random moments, every second time inside a checkpoint's write."
+    "An uninterrupted run, and one that is killed at random moments, every second time inside a checkpoint's write; moments are counted in steps, since seconds depend on what else the machine does."
     rng = random.Random(seed)
     straight = begun(data, folder / "straight", steps, folder / "ready")
     began = time.perf_counter()
@@ -117,7 +118,8 @@ def killed_run(data, folder, steps, kills, seed):
     span, done, torn, reached = time.perf_counter() - began, 0, 0, []
     for i in range(kills):
         process = begun(data, folder / "killed", steps, folder / f"ready{i}")
-        done += kill_later(process, rng.uniform(0, 1.5 * span / kills), folder / "killed/checkpoints" if i % 2 else None)
+        lines = max(reached, default=0) + rng.uniform(-2, 1.5 * steps / kills)
+        done += kill_later(process, folder / "killed/log.jsonl", lines, rng.uniform(0, span / steps), folder / "killed/checkpoints" if i % 2 else None)
         torn += any((folder / "killed/checkpoints").glob(".step-*"))
         reached.append(max((step for step, _ in checkpoints(folder / "killed/checkpoints")), default=0))
     last = start(data, folder / "killed", steps)
@@ -426,7 +428,7 @@ def test_fp16_resumes_with_its_loss_scale(data, tmp_path, stop):
     same(tmp_path / "twice", tmp_path / "straight")
 
 
-@pytest.mark.parametrize("name", ["muon", "rmsprop", "sgd"])
+@pytest.mark.parametrize("name", ["muon", "rmsprop", "sgd", "paged-adamw"])
 def test_other_optimizers_resume_exactly(data, tmp_path, name):
     def run(folder): return make(data, folder, optimizer=name)
     run(tmp_path / "straight").fit()

@@ -71,6 +71,23 @@ window.llmbook = window.llmbook || (() => {
       root.dataset.state = state;
     };
     controls.forEach(c => c.addEventListener("input", redraw));
+    root.querySelectorAll("[data-play]").forEach(button => {
+      const c = controls.find(c => c.dataset.control === button.dataset.play);
+      let timer = 0;
+      const stop = () => { clearInterval(timer); timer = 0; button.textContent = "▶"; };
+      const next = () => {
+        c.value = Number(c.value) + 1;
+        redraw();
+        if (c.value === c.max) stop();
+      };
+      button.addEventListener("click", () => {
+        if (timer) return stop();
+        if (c.value === c.max) { c.value = 0; redraw(); }
+        button.textContent = "❚❚";
+        timer = setInterval(next, 400);
+      });
+      c.addEventListener("input", stop);   // whoever takes the slider in hand has it
+    });
     root.querySelector("form").addEventListener("submit", e => e.preventDefault());
     drawn.push(redraw);
     redraw();
