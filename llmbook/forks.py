@@ -44,7 +44,7 @@ def be_forked(
         os._exit(1)
     os._exit(0)
 
-# %% ../nbs/04a00_forks.ipynb #2a55162e
+# %% ../nbs/04a00_forks.ipynb #43e8ede9
 def serve():
     "The server's loop: import what is asked for, fork, and report which child has ended with what code."
     asked, answers = os.dup(0), os.dup(1)
@@ -73,7 +73,8 @@ def serve():
             children.add(pid)
             answer(forked=pid)
     for pid in children:
-        with suppress(OSError): os.killpg(pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):       # a fork that was made just now has no group of its own yet
+            with suppress(OSError): kill(pid, signal.SIGKILL)
 
 
 def prepare(

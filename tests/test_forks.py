@@ -58,7 +58,8 @@ def test_what_cannot_be_called_fails_in_its_own_output(server, tmp_path, functio
 
 
 def test_closing_ends_all(server, tmp_path):
-    pids = [server.fork("forked_work:stays", [], tmp_path / "out", dict(os.environ)).pid for _ in range(3)]
+    "Also those that were forked just now and have no process group of their own yet."
+    pids = [server.fork("forked_work:stays", [], tmp_path / "out", dict(os.environ)).pid for _ in range(20)]
     assert all(map(alive, pids))
     server.close()
     until = time.monotonic() + 10
