@@ -418,7 +418,7 @@ class MergeCommand:
         model = merge_adapter(self.source, self.out, self.base)
         print(f"{sum(p.numel() for p in model.parameters()):,} weights, whole, are in {self.out}")
 
-# %% ../nbs/A3_cli.ipynb #7019d539
+# %% ../nbs/A3_cli.ipynb #729f7262
 @dataclass
 class ExportCommand:
     """Write a run's best model for other programs: an adapter for peft, or the whole for transformers, with a model card.
@@ -437,7 +437,7 @@ class ExportCommand:
         from llmbook.export import export_base, export_run
         from llmbook.job_folder import SPEC
         made = export_run(Path(self.source), self.out, self.kind, self.archive) if (Path(self.source) / SPEC).is_file() else export_base(self.source, self.out, self.archive)
-        print(f"{made} is made" + "; its README.md says how to load it" * (not self.archive and (made / "README.md").exists()))
+        print(f"{self.out.with_name(made.name)} is made" + "; its README.md says how to load it" * (not self.archive and (made / "README.md").exists()))
 
 # %% ../nbs/A3_cli.ipynb #e327d6ab
 @dataclass

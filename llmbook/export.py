@@ -230,7 +230,7 @@ def with_the_book(name: str, method: str, base: str, labels: list[str], prompt: 
     asks = f"from llmbook.classifying import LabelledRows, predict\n\nrows = LabelledRows([\"…\"] * 2, {labels[:1]!r} * 2, {labels!r}, tokenizer, 128)\nprint({labels!r}[int(predict(model, rows)[0].argmax())])" if labels else f"ids = tokenizer.encode({json.dumps(prompt, ensure_ascii=False)}, allowed_special=tokenizer.special)\nprint(tokenizer.decode(model.generate(ids, 40, temperature=0)))"
     return f"from pathlib import Path\n\nfrom llmbook.finetuning import method_named\nfrom llmbook.pretrained import pretrained_tokenizer\n\nmodel, tokenizer = method_named({method!r}).load(Path({name!r}), {base!r}), pretrained_tokenizer({name!r})\n{asks}"
 
-# %% ../nbs/10c_export.ipynb #4a2b3073
+# %% ../nbs/10c_export.ipynb #cc09a557
 KINDS = {"adapter": "the weights that were trained, for peft", "merged": "the whole model, for transformers"}
 
 
@@ -281,7 +281,7 @@ def write_adapter_part(best: Path, plan: Plan, format: str, folder: Path) -> tup
     if not plan.base.startswith("hf:"): what += f" The base in transformers' form: `llmbook export {base} {base}`, where the second name is the folder to make."
     return what, generating(base, prompt_form(format, tokenizer), folder.name)
 
-
+# %% ../nbs/10c_export.ipynb #b68c1f84
 def pack(folder: Path, path: Path):
     "Files of a folder as a zip of one folder; weights are stored as they are, since they don't get smaller."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as box:
