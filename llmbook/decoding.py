@@ -81,7 +81,7 @@ def head_step(norm: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.T
     "Logits of one token: (C,) → (V,)."
     return (weight * normed(norm, x)).sum(-1)
 
-# %% ../nbs/02ba_decoding.ipynb #5a652fa8
+# %% ../nbs/02ba_decoding.ipynb #567dc046
 def _own(step: FunctionType) -> FunctionType:
     "The same function with a code of its own: torch compiles a code for so many kinds of input, and no model shall use up another's."
     return FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
@@ -96,7 +96,7 @@ class CompiledGPT(GPT):
         compiled: bool = True,  # no: the same step as plain torch, slow, to look into
     ) -> "CompiledGPT":
         "Make the step, and compile it now. BookError for a model that it can't read, or where torch can't compile."
-        if not isinstance(model, GPT): raise BookError(f"A {type(model).__name__} doesn't write token by token: give a GPT; an adapter's model becomes one by unwrap().")
+        if not isinstance(model, GPT) or type(model).hidden is not GPT.hidden: raise BookError(f"A {type(model).__name__} can't be read by the step: give a plain GPT; an adapter's model becomes one by unwrap().")
         fast = copy.copy(model)
         fast.__class__, make = cls, torch.compile if compiled else lambda step: step
         fast.check()
