@@ -30,10 +30,10 @@ def token_bytes(
     c = model.config
     return weights + 2 * c.n_layer * past * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * model.embed_tokens.weight.itemsize
 
-# %% ../nbs/02ba_decoding.ipynb #de8ec121
+# %% ../nbs/02ba_decoding.ipynb #f23e90c8
 def memory_bandwidth(
-    megabytes: int = 512,   # far more than any cache of the processor holds
-    tries: int = 25,        # the fastest counts
+    megabytes: int = 128,   # more than the processor's caches hold
+    tries: int = 60,        # the fastest counts: other programs only disturb
 ) -> float:                 # bytes a second
     "How fast this machine, with torch's present number of threads, reads memory: a sum over fresh numbers."
     numbers, times = torch.ones(megabytes * 250_000), []
