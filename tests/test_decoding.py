@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import SHAPES, T, V
 
 from llmbook.bert import Bert, BertConfig
 from llmbook.classifying import Classifier
@@ -16,12 +17,6 @@ from llmbook.prompt_tuning import prompt_model
 from llmbook.qlora import quantize_model, whole_model
 from llmbook.xlnet import XLNet, XLNetConfig
 
-V, T = 11, 12
-shapes = st.builds(
-    lambda D, groups, share, **kw: GPTConfig(vocab_size=V, context=T, n_head=groups * share, n_kv_head=groups, n_embd=D * groups * share, **kw),
-    D=st.sampled_from([2, 4, 6]), groups=st.integers(1, 3), share=st.integers(1, 3), n_layer=st.integers(1, 3),
-    n_inner=st.one_of(st.none(), st.integers(1, 20)), norm=st.sampled_from(["layernorm", "rmsnorm"]), mlp=st.sampled_from(["gelu", "swiglu"]),
-    position=st.sampled_from(["learned", "rope"]), bias=st.booleans(), tie=st.booleans())
 LLAMA = GPTConfig.llama(vocab_size=V, context=T, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
 GPT2 = GPTConfig.gpt2(vocab_size=V, context=T, n_layer=2, n_head=4, n_embd=64)
 
@@ -45,7 +40,7 @@ def along(model, ids, first=1, capacity=None):
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.lists(st.integers(0, V - 1), min_size=1, max_size=T), st.data())
+@given(SHAPES, st.lists(st.integers(0, V - 1), min_size=1, max_size=T), st.data())
 @torch.no_grad()
 def test_the_step_is_the_model_for_any_shape_up_to_the_whole_window(config, ids, data):
     model, first = build(config), data.draw(st.integers(1, len(ids)))
@@ -54,7 +49,7 @@ def test_the_step_is_the_model_for_any_shape_up_to_the_whole_window(config, ids,
 
 
 @settings(max_examples=15, deadline=None)
-@given(shapes, st.lists(st.integers(0, V - 1), min_size=1, max_size=T - 1), st.integers(0, 3))
+@given(SHAPES, st.lists(st.integers(0, V - 1), min_size=1, max_size=T - 1), st.integers(0, 3))
 def test_samples_with_a_seed_are_the_models_own(config, prompt, seed):
     model = build(config)
     for how in (dict(temperature=0), dict(temperature=0.9, top_k=5, seed=seed), dict(top_p=0.8, seed=seed)):
