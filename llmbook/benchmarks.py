@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REVIEWS', 'B', 'CASES', 'Case', 'interleaved', 'times_in_ranks', 'case_times', 'bpe_train', 'bpe_encode',
-           'bpe_encode_first', 'train_step', 'trainer', 'generate', 'unigram_train', 'bert_step', 'xlnet_step',
-           'finetune_step', 'lora_step', 'lora_step_fp32', 'prompt_step', 'ddp_step', 'zero1_step', 'tp_step',
-           'nf4_quantize', 'nf4_dequantize', 'qlora_step', 'machine', 'run_benchmarks', 'report']
+           'bpe_encode_first', 'train_step', 'trainer', 'generate', 'generate_bf16', 'unigram_train', 'bert_step',
+           'xlnet_step', 'finetune_step', 'lora_step', 'lora_step_fp32', 'prompt_step', 'ddp_step', 'zero1_step',
+           'tp_step', 'nf4_quantize', 'nf4_dequantize', 'qlora_step', 'machine', 'run_benchmarks', 'report']
 
 # %% ../nbs/A4_benchmarks.ipynb #e3f705b6
 import contextlib
@@ -241,25 +241,53 @@ def trainer():
         with contextlib.redirect_stdout(io.StringIO()): Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in rows]).train()
     return _book_trainer(loop, notes), theirs, 4 * loop.config.tokens_per_step, notes
 
-# %% ../nbs/A4_benchmarks.ipynb #552be6ba
-def generate():
-    "The book's decoder and transformers' on the same weights; equal tokens are checked first."
+# %% ../nbs/A4_benchmarks.ipynb #360627d3
+def _merged_pair(dtype):
+    "SmolLM2 with one adapter merged in, by the book and by peft on transformers' model; both merge in fp32."
+    import peft
     import torch
     from transformers import AutoModelForCausalLM
 
     from llmbook.gpt import GPT
-    from llmbook.pretrained import chat_prompt, locate, pretrained_tokenizer
-    path, tokenizer = locate("smollm2-135m-instruct"), pretrained_tokenizer("smollm2-135m-instruct")
-    book = GPT.from_pretrained("smollm2-135m-instruct")
+    from llmbook.lora import LoRAConfig, LoRAModel
+    from llmbook.pretrained import locate
+    file, folder = locate("smollm2-135m-instruct"), Path(tempfile.mkdtemp()) / "adapter"
+    torch.manual_seed(0)
+    book = LoRAModel(GPT.from_pretrained("smollm2-135m-instruct"), LoRAConfig(8)).eval()
+    with torch.no_grad():
+        for layer in book.layers_with.values(): layer.lora_B["default"].normal_(std=2e-3)
+    book.save_pretrained(folder)
     with contextlib.redirect_stderr(io.StringIO()):  # its bars
-        other = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    ids = tokenizer.encode(chat_prompt([{"role": "user", "content": "Tell me a story about a lighthouse."}]), allowed_special=tokenizer.special)
-    prompt = torch.tensor([ids])
+        other = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    other = peft.PeftModel.from_pretrained(other, folder).merge_and_unload()
+    return book.unwrap().to(dtype).eval(), other.to(dtype).eval()
 
-    def theirs(): return other.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, min_new_tokens=48, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
-    def ours(): return list(book.generate(ids, 48, temperature=0))
-    if ours() != theirs(): raise AssertionError("the two models disagree: their times can't be compared")
-    return ours, theirs, 48, {"tokens": "equal"}
+def _equal_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    "How many of the first tokens are the same."
+    return next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))
+
+def _generate_case(precision: str):
+    "The book's compiled step and transformers' `generate` on the same merged weights, from one prompt."
+    import torch
+
+    from llmbook.decoding import CompiledGPT, memory_bandwidth, token_bytes
+    from llmbook.pretrained import chat_prompt, pretrained_tokenizer
+    new, tokenizer = 48, pretrained_tokenizer("smollm2-135m-instruct")
+    model, other = _merged_pair({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    ids = tokenizer.encode(chat_prompt([{"role": "user", "content": "Tell me a story about a lighthouse."}]), allowed_special=tokenizer.special)
+    prompt, fast = torch.tensor([ids]), CompiledGPT.of(model)
+
+    def theirs(): return other.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
+    def ours(by=fast): return list(by.generate(ids, new, temperature=0))
+    equal = _equal_tokens(ours(), theirs())
+    if precision == "fp32" and equal < new: raise AssertionError("the two models disagree: their times can't be compared")
+    seconds, usual = map(statistics.median, interleaved(ours, lambda: ours(model), 2))
+    bandwidth, used = memory_bandwidth(), token_bytes(model, len(ids) + new // 2) * new / seconds
+    return ours, theirs, new, {"equal tokens": equal, "without compiling, tokens/s": round(new / usual, 1), "memory gives, GB/s": round(bandwidth / 1e9, 1), "the step reads, GB/s": round(used / 1e9, 1)}
+
+def generate(): "In fp32."; return _generate_case("fp32")
+
+def generate_bf16(): "In bf16."; return _generate_case("bf16")
 
 # %% ../nbs/A4_benchmarks.ipynb #dc3ffe83
 def unigram_train():
@@ -422,7 +450,7 @@ def lora_step(): "In bf16."; return _lora_case("bf16")
 
 def lora_step_fp32(): "In fp32."; return _lora_case("fp32")
 
-# %% ../nbs/A4_benchmarks.ipynb #1a4f71a9
+# %% ../nbs/A4_benchmarks.ipynb #0819b5a1
 def prompt_step():
     "A step of prompt tuning; the first losses are compared before."
     import peft
@@ -439,7 +467,7 @@ def prompt_step():
     other = peft.get_peft_model(other, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)).train()
     with torch.no_grad(): other.prompt_encoder["default"].embedding.weight.copy_(book.prompt)
     shifted = torch.cat([torch.full((4, 16), -100), targets], 1)
-    ours, theirs = _lora_call(book, lambda: book.loss(ids, targets), "bf16"), _lora_call(other, lambda: other(input_ids=ids, attention_mask=torch.ones_like(ids), labels=targets, shift_labels=shifted).loss, "bf16")
+    ours, theirs = _lora_call(book, lambda: book.asked_loss(ids, targets), "bf16"), _lora_call(other, lambda: other(input_ids=ids, attention_mask=torch.ones_like(ids), labels=targets, shift_labels=shifted).loss, "bf16")
     return ours, theirs, 512, {"difference of the first losses": f"{abs(ours() - theirs()):.1e}"}
 
 # %% ../nbs/A4_benchmarks.ipynb #3f8d0373
@@ -631,7 +659,7 @@ def qlora_step():
     notes |= _two_peaks({"the book": "_book_qlora()", "peft": "_peft_qlora()"})
     return ours, theirs, 512, notes
 
-# %% ../nbs/A4_benchmarks.ipynb #2f82f2c3
+# %% ../nbs/A4_benchmarks.ipynb #8f47281b
 CASES = {case.name: case for case in (
     Case("bpe-train", "train byte-level BPE, vocabulary 8,192", "tokenizers", "MB", 1 / 1.5, bpe_train),
     Case("bpe-encode", "encode a document of 5 MB", "tokenizers", "MB", 5.0, bpe_encode),
@@ -651,7 +679,8 @@ CASES = {case.name: case for case in (
     Case("ddp-step", "training steps on two ranks, gradients averaged", "torch", "tokens", 1 / 1.2, ddp_step, ranks=2),
     Case("zero1-step", "the same with the optimizer's states split", "torch", "tokens", 1 / 1.2, zero1_step, ranks=2),
     Case("tp-step", "training steps on two ranks, every matrix split", "torch", "tokens", 1 / 1.2, tp_step, ranks=2),
-    Case("generate", "generate 48 tokens with SmolLM2-135M", "transformers", "tokens", 1.0, generate))}
+    Case("generate", "generate 48 tokens with SmolLM2-135M, adapter merged, step compiled", "transformers", "tokens", 1.5, generate),
+    Case("generate-bf16", "the same in bf16", "transformers", "tokens", 1.5, generate_bf16))}
 
 def _version(package: str) -> str:
     "An installed package's version."

@@ -232,7 +232,7 @@ def streamed_text(
         shown = len(text)
     if rest := decode(have)[shown:]: yield rest
 
-# %% ../nbs/A3_cli.ipynb #8dfc902c
+# %% ../nbs/A3_cli.ipynb #395d741f
 @dataclass
 class Generate:
     """Continue a text, or talk to a chat model.
@@ -251,6 +251,7 @@ class Generate:
     top_p: float | None = None      # choose among the fewest that reach this probability
     seed: int | None = None         # the same seed gives the same text
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU, if there is one
+    compile: bool = False           # make a compiled step first: some seconds of waiting, then tokens come faster
 
     def answer(self, model, tokenizer, text: str, stop: list[int]) -> str:
         "Print a continuation as it comes, and give it back."
@@ -277,6 +278,9 @@ class Generate:
         from llmbook.loop import find_device
         from llmbook.pretrained import pretrained_tokenizer
         model, tokenizer = GPT.from_pretrained(self.model).to(find_device(self.device)), pretrained_tokenizer(self.model)
+        if self.compile:
+            from llmbook.decoding import CompiledGPT
+            model = CompiledGPT.of(model)
         if self.chat: return self.converse(_questions() if self.prompt is None else iter([self.prompt]), model, tokenizer)
         print(self.prompt, end="", flush=True)
         self.answer(model, tokenizer, self.prompt, [i for s, i in tokenizer.special.items() if s == "<|endoftext|>"])

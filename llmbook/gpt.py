@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         else: total = sum(checkpoint(part, a, b, use_reentrant=False) for a, b in zip(x.split(rows), targets.split(rows)))
         return total / (targets != -100).sum()
 
-# %% ../nbs/02b_gpt.ipynb #f3fd38c3
+# %% ../nbs/02b_gpt.ipynb #23e280f0
 _LATER = {"llmbook-gpt-4bit": ("llmbook.qlora", "QuantizedGPT")}   # kinds of files that a later chapter reads
 
 def later_kind(name: str | Path) -> type | None:
@@ -204,6 +204,11 @@ class GPT(Decoder):
         "An empty cache of the model's shape."
         c = self.config
         return KVCache(c.n_layer, batch, c.n_kv_head or c.n_head, capacity or c.context, c.n_embd // c.n_head, self.embed_tokens.weight.dtype, self.device)
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int], cache: KVCache) -> torch.Tensor:
+        "Logits (V,) of what follows, after more tokens of a text, which the cache keeps."
+        return self.head(self.hidden(torch.tensor([list(ids)], device=self.device), cache)[0, -1])
 
     def generate(
         self,
@@ -231,7 +236,7 @@ class GPT(Decoder):
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                with torch.no_grad(): logits = self.head(self.hidden(torch.tensor([ids], device=self.device), cache)[0, -1])    # (V,)
+                logits = self.read(ids, cache)                                # (V,)
                 if temperature == 0: token = int(logits.argmax())
                 else: token = int(torch.multinomial(filter_logits(logits, temperature, top_k, top_p).softmax(0), 1, generator=rng))
                 if token in stop: return

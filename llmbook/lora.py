@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'OTHERS', 'LORA', 'LoRAConfig', 'LoRALinear', 'linear_names', 'find_targets', 'Adapted', 'FrozenHead',
-           'frozen_head_loss', 'Asked', 'peft_config', 'pattern_value', 'Saved', 'read_lora', 'LoRAModel',
+           'frozen_head_loss', 'asked_loss', 'Asked', 'peft_config', 'pattern_value', 'Saved', 'read_lora', 'LoRAModel',
            'prepare_lora', 'adapter_base', 'load_lora', 'merge_adapter']
 
 # %% ../nbs/07_lora.ipynb #602be856
@@ -248,16 +248,17 @@ def frozen_head_loss(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False): return FrozenHead.apply(hidden.to(dtype), weight.to(dtype), targets)
 
-# %% ../nbs/07_lora.ipynb #8ff90529
+# %% ../nbs/07_lora.ipynb #0aeac9cf
+def asked_loss(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    "(B, T), (B, T) → mean nats over the targets that aren't −100, of a model around a base; the head's gradients aren't asked for where it is frozen."
+    base, asked = model.base, targets != -100
+    weight = base.embed_tokens.weight if base.lm_head is None else getattr(base.lm_head, "weight", None)
+    if weight is None or weight.requires_grad: return F.cross_entropy(*model.scored(ids, targets))
+    return frozen_head_loss(model.hidden(ids)[asked], weight, targets[asked])
+
 class Asked(Adapted):
     "An adapted decoder whose loss makes use of its frozen head."
-
-    def asked_loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        "(B, T), (B, T) → mean nats over the targets that aren't −100."
-        base, asked = self.base, targets != -100
-        weight = base.embed_tokens.weight if base.lm_head is None else getattr(base.lm_head, "weight", None)
-        if weight is None or weight.requires_grad: return F.cross_entropy(*self.scored(ids, targets))
-        return frozen_head_loss(base.hidden(ids)[asked], weight, targets[asked])
+    asked_loss = asked_loss
 
     def compile_blocks(self) -> "Asked":
         "Compile the blocks, all by one program: it costs a minute or two, and again for new lengths of rows; for long runs."

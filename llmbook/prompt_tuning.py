@@ -7,7 +7,7 @@ __all__ = ['INITS', 'PROMPT', 'PREFIX', 'GrowingCache', 'check_room', 'VirtualTo
            'pack', 'PrefixTuning', 'ProjectedPrefix', 'first_vectors', 'activations', 'load_virtual', 'prompt_model',
            'prefix_model', 'side_by_side']
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #a6d3c5fe
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #fd0e0489
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +22,7 @@ from .attention import KVCache
 from .corpora import BookError
 from .finetuning import Method, register
 from .gpt import GPT, GPTConfig
+from .lora import asked_loss
 from .pretrained import pretrained_tokenizer, take_exactly
 from .tokenization import Tokenizer
 
@@ -43,7 +44,7 @@ class GrowingCache(KVCache):
         else: self.k[layer], self.v[layer] = (torch.cat([old[layer].to(new.dtype).expand(len(new), -1, -1, -1), new], 2) for old, new in ((self.k, k), (self.v, v)))
         return self.k[layer], self.v[layer]
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #8c8e6e84
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #5879b64d
 def check_room(
     base: nn.Module,    # must be a decoder
     tokens: int,        # P: virtual tokens
@@ -57,6 +58,7 @@ def check_room(
 class VirtualTokens(GPT):
     "A frozen decoder with something learned in front of each text; a subclass gives `kind`, `flat` and `front`."
     kind = ""   # peft's name of the method
+    asked_loss = asked_loss     # in training the frozen head's own gradients are left out
 
     def __init__(self, base: GPT, tokens: int):
         nn.Module.__init__(self)

@@ -1,11 +1,19 @@
-"Small tasks, a small base for them, and a power cut: what the tests of fine-tuning and its methods share."
+"Small decoders of every shape; small tasks, a small base for them, and a power cut: what several tests share."
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from llmbook.gpt import GPT, GPTConfig
 from llmbook.pretrained import SMOLLM_SYSTEM
 from llmbook.task_data import Alpaca, Chat, Completion, Labelled, TaskData
 from llmbook.tokenization import BPETokenizer
+
+V, T = 11, 12
+SHAPES = st.builds(
+    lambda D, groups, share, **kw: GPTConfig(vocab_size=V, context=T, n_head=groups * share, n_kv_head=groups, n_embd=D * groups * share, **kw),
+    D=st.sampled_from([2, 4, 6]), groups=st.integers(1, 3), share=st.integers(1, 3), n_layer=st.integers(1, 3),
+    n_inner=st.one_of(st.none(), st.integers(1, 20)), norm=st.sampled_from(["layernorm", "rmsnorm"]), mlp=st.sampled_from(["gelu", "swiglu"]),
+    position=st.sampled_from(["learned", "rope"]), bias=st.booleans(), tie=st.booleans())
 
 
 def task(rows):

@@ -12,17 +12,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from shared import SHAPES, T, V
 
 from llmbook.attention import MultiHeadAttention, attention
 from llmbook.corpora import BookError
 from llmbook.gpt import GPT, GPTConfig
 
-V, T = 11, 12
-shapes = st.builds(
-    lambda D, groups, share, **kw: GPTConfig(vocab_size=V, context=T, n_head=groups * share, n_kv_head=groups, n_embd=D * groups * share, **kw),
-    D=st.sampled_from([2, 4, 6]), groups=st.integers(1, 3), share=st.integers(1, 3), n_layer=st.integers(1, 3),
-    n_inner=st.one_of(st.none(), st.integers(1, 20)), norm=st.sampled_from(["layernorm", "rmsnorm"]), mlp=st.sampled_from(["gelu", "swiglu"]),
-    position=st.sampled_from(["learned", "rope"]), bias=st.booleans(), tie=st.booleans())
 some = settings(max_examples=40, deadline=None)
 
 
@@ -43,7 +38,7 @@ def model(): return build(SHAPE)
 
 
 @some
-@given(shapes, st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
+@given(SHAPES, st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
 @torch.no_grad()
 def test_cached_equals_uncached_for_any_chunking(config, chunks, data):
     n = min(sum(chunks), T)
@@ -58,7 +53,7 @@ def test_cached_equals_uncached_for_any_chunking(config, chunks, data):
 
 
 @some
-@given(shapes, st.integers(1, T - 1), st.integers(1, V - 1))
+@given(SHAPES, st.integers(1, T - 1), st.integers(1, V - 1))
 @torch.no_grad()
 def test_a_later_token_never_changes_earlier_logits(config, at, shift):
     model, ids = build(config), torch.arange(T)[None] % V
@@ -70,7 +65,7 @@ def test_a_later_token_never_changes_earlier_logits(config, at, shift):
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes, st.integers(0, 3))
+@given(SHAPES, st.integers(0, 3))
 def test_saved_and_loaded_bit_by_bit(tmp_path_factory, config, seed):
     folder = tmp_path_factory.mktemp("saved") / "model"
     model = build(config, seed).float()
@@ -83,7 +78,7 @@ def test_saved_and_loaded_bit_by_bit(tmp_path_factory, config, seed):
 
 
 @some
-@given(shapes, st.lists(st.sampled_from([-100, *range(V)]), min_size=2 * T, max_size=2 * T), st.sampled_from([1, 3 * V, 1 << 24]))
+@given(SHAPES, st.lists(st.sampled_from([-100, *range(V)]), min_size=2 * T, max_size=2 * T), st.sampled_from([1, 3 * V, 1 << 24]))
 def test_loss_is_torchs_cross_entropy_also_in_slices(config, targets, slice):
     targets = torch.tensor(targets).view(2, T)
     targets[0, 0] = 1                                           # at least one counts
@@ -97,7 +92,7 @@ def test_loss_is_torchs_cross_entropy_also_in_slices(config, targets, slice):
 
 
 @some
-@given(shapes, st.lists(st.integers(0, V - 1), min_size=1, max_size=4), st.integers(0, 99))
+@given(SHAPES, st.lists(st.integers(0, V - 1), min_size=1, max_size=4), st.integers(0, 99))
 @torch.no_grad()
 def test_greedy_topk1_and_small_topp_take_the_likeliest(config, prompt, seed):
     model, text = build(config), list(prompt)
