@@ -7,7 +7,7 @@ __all__ = ['QUALITIES', 'PRICES', 'Way', 'plan_of', 'hand_back', 'StepWatch', 'm
            'key_of', 'measured', 'best_rate', 'compare', 'Quality', 'Entry', 'entries_of', 'shown', 'table_of', 'Gap',
            'gap', 'Advice', 'breaks', 'advise', 'picture']
 
-# %% ../nbs/09b_methods_compared.ipynb #6ad1389f
+# %% ../nbs/09b_methods_compared.ipynb #4efc4f67
 import ctypes
 import hashlib
 import json
@@ -31,7 +31,7 @@ from .finetuning import Plan, answer_nats, finetune, open_run, ratio, task_rows
 from .gpt import GPT
 from .launch import launch
 from .loop import Callback
-from .metrics import Interval, bootstrap
+from .metrics import bootstrap
 from .paging import MemoryWatch, memory_now
 from .qlora import bytes_by_part
 from .task_data import TaskData
@@ -55,7 +55,7 @@ def plan_of(
     "What one run of a way does."
     return replace(common, method=way.method, options=way.options, lr=lr, seed=seed)
 
-# %% ../nbs/09b_methods_compared.ipynb #8d543310
+# %% ../nbs/09b_methods_compared.ipynb #57334504
 def hand_back():
     "Give memory that was freed back to the system, where the C library is glibc, which keeps it."
     with suppress(AttributeError, OSError): ctypes.CDLL(None).malloc_trim(0)
@@ -69,7 +69,7 @@ class StepWatch(Callback):
     def on_start(self, trainer): self.watch.__enter__()
 
     def on_row(self, trainer, row):
-        if "lr" in row: self.ticks.append(time.process_time())
+        if "lr" in row: self.ticks.append(time.process_time()), self.watch.look()
         elif row["step"] == 0:
             hand_back()
             self.before = memory_now()["anonymous"] - sum(bytes_by_part(trainer.model).values())
@@ -192,7 +192,7 @@ def compare(
     runs = [go_one(way, lr, seeds[0]) for way in ways for lr in way.rates]
     return runs + [go_one(way, best_rate(runs, way.name), seed) for seed in seeds[1:] for way in ways if way.method]
 
-# %% ../nbs/09b_methods_compared.ipynb #3c7f5baa
+# %% ../nbs/09b_methods_compared.ipynb #da09f5fc
 @dataclass(frozen=True)
 class Quality:
     "A measure that is a ratio of sums over rows."
@@ -250,10 +250,10 @@ def shown(entry: Entry, quality: str) -> str:
 
 def table_of(entries: Sequence[Entry]) -> list[dict]:
     "Prices and qualities, a row an entry."
-    return [{"way": e.name, "rate": f"{e.lr:g}" if e.trained else "", "seeds": len(e.costs), "trained": e.trained, "file, MB": e.kept / 1e6, "peak memory, MB": round(e.peak / 1e6), "seconds a step": round(e.seconds, 3),
+    return [{"way": e.name, "rate": f"{e.lr:g}" if e.trained else "", "seeds": len(e.costs), "trained": e.trained, "file, MB": e.kept / 1e6, "peak memory, MB": round(e.peak / 1e6) if e.trained else "", "seconds a step": round(e.seconds, 3) if e.trained else "",
              "merges": e.merges, **{QUALITIES[q].about: shown(e, q) for q in QUALITIES}} for e in entries]
 
-# %% ../nbs/09b_methods_compared.ipynb #1e57ec61
+# %% ../nbs/09b_methods_compared.ipynb #223f7f6f
 @dataclass(frozen=True)
 class Gap:
     "By how much one entry is better than another."
@@ -265,7 +265,7 @@ class Gap:
 
     @property
     def sure(self) -> bool:
-        "Whether rows and seeds agree that it is better."
+        "Whether rows and seeds agree that it is better; with one seed each, only the rows are asked."
         return self.low > 0 and self.wins == self.pairs
 
 

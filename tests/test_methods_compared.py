@@ -13,7 +13,24 @@ from llmbook.corpora import BookError
 from llmbook.finetuning import Plan
 from llmbook.gpt import GPT
 from llmbook.lora import LoRAConfig, LoRAModel
-from llmbook.methods_compared import PRICES, QUALITIES, Entry, Run, Way, advise, best_rate, compare, entries_of, gap, key_of, measure, measured, merges, picture, table_of
+from llmbook.methods_compared import (
+    PRICES,
+    QUALITIES,
+    Entry,
+    Run,
+    Way,
+    advise,
+    best_rate,
+    compare,
+    entries_of,
+    gap,
+    key_of,
+    measure,
+    measured,
+    merges,
+    picture,
+    table_of,
+)
 from llmbook.prompt_tuning import prompt_model
 from llmbook.qlora import prepare_qlora
 
