@@ -316,12 +316,12 @@ def advise(
     told = [f"{QUALITIES[quality].about}: {shown(best, quality)}", *(f"better than {n} by {g.value:.3f} ({g.low:.3f} to {g.high:.3f}), in {g.wins} of {g.pairs} pairs of seeds" for n, g in gaps.items() if g.sure)]
     return Advice(best.name, told, [n for n, g in gaps.items() if not g.sure], {n: w for n, w in why.items() if w})
 
-# %% ../nbs/09b_methods_compared.ipynb #d092c9df
+# %% ../nbs/09b_methods_compared.ipynb #b703757c
 PRICES = {"trained numbers": lambda e: e.trained, "file, MB": lambda e: e.kept / 1e6, "peak memory, MB": lambda e: e.peak / 1e6, "seconds a step": lambda e: e.seconds}
 
 
 def picture(
-    entries: Sequence[Entry],       # one that trained nothing becomes a line
+    entries: Sequence[Entry],       # one that trained nothing becomes a line, or a number if it lies far away
     price: str = "trained numbers", # of `PRICES`
     quality: str = "loss",          # of `QUALITIES`
 ) -> go.Figure:
@@ -331,6 +331,9 @@ def picture(
     fig = go.Figure(layout=dict(height=400, xaxis=dict(title=price, type="log" if max(costs) > 10 * min(costs) else "linear"), yaxis_title=QUALITIES[quality].about))
     for i, (e, cost) in enumerate(zip(moved, costs)):
         fig.add_scatter(x=[cost], y=[e.mean(quality)], error_y=dict(array=[e.deviation(quality)]), mode="markers", name=e.name, marker=dict(color=COLOURS[i % len(COLOURS)], size=12, symbol=i))
+    low, high = min(e.mean(quality) for e in moved), max(e.mean(quality) for e in moved)
     for e in entries:
-        if not e.trained: fig.add_hline(y=e.mean(quality), line_dash="dot", annotation_text=e.name)
+        if e.trained: continue
+        if 2 * low - high <= e.mean(quality) <= 2 * high - low: fig.add_hline(y=e.mean(quality), line_dash="dot", annotation_text=e.name)
+        else: fig.add_annotation(text=f"{e.name}: {e.mean(quality):.3g}", xref="paper", yref="paper", x=1, y=1, showarrow=False)
     return fig

@@ -119,7 +119,9 @@ def test_pictures_and_tables_hold_every_entry():
     for price in PRICES:
         for quality in QUALITIES:
             fig = picture(ENTRIES, price, quality)
-            assert [t.name for t in fig.data] == ["all", "pair", "front"] and len(fig.layout.shapes) == 1
+            assert [t.name for t in fig.data] == ["all", "pair", "front"] and len(fig.layout.shapes) + len(fig.layout.annotations) >= 1
+    far, near = picture(ENTRIES), picture([entry("base", [[3.5] * 4], trained=0), *ENTRIES[1:]])
+    assert not far.layout.shapes and far.layout.annotations[0].text == "base: 4.5" and near.layout.shapes[0].y0 == 1.75
     assert picture(ENTRIES).layout.xaxis.type == "log" and picture(ENTRIES, "seconds a step").layout.xaxis.type == "linear"
 
 
