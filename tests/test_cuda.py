@@ -11,6 +11,7 @@ import torch
 from llmbook.bert import Bert, BertConfig, BertForPreTraining
 from llmbook.cli import main
 from llmbook.corpora import BookError, write_stream
+from llmbook.decoding import CompiledGPT
 from llmbook.finetuning import Plan, evaluate, finetune
 from llmbook.gpt import GPT, GPTConfig
 from llmbook.loop import TrainConfig, find_device
@@ -108,6 +109,12 @@ def test_tokens_are_those_of_the_processor(base):
     model = GPT.from_pretrained(base)
     here = list(model.generate([1, 2, 3], 40, temperature=0))
     assert list(model.to("cuda").generate([1, 2, 3], 40, temperature=0)) == here
+
+
+@on_gpu
+def test_a_compiled_step_says_the_same(base):
+    model = GPT.from_pretrained(base).to("cuda")
+    assert list(CompiledGPT.of(model).generate([1, 2, 3], 40, temperature=0)) == list(model.generate([1, 2, 3], 40, temperature=0))
 
 
 @on_gpu
