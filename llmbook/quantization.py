@@ -106,7 +106,7 @@ def _level_on_grid() -> torch.Tensor:
     levels = dynamic_levels()
     return torch.bucketize(torch.arange(GRID + 1) / GRID * 2 - 1, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
 
-# %% ../nbs/08a_quantization.ipynb #4d1a1611
+# %% ../nbs/08a_quantization.ipynb #58f5446e
 @dataclass(frozen=True)
 class NestedScales:
     "Scales in eight bits each: their mean, the dynamic codes of what is left, and a scale for 256 of these."
@@ -117,12 +117,13 @@ class NestedScales:
 
     @classmethod
     def of(cls, scales: torch.Tensor) -> "NestedScales":
-        "Quantize scales (S,) (Dettmers et al. 2023, section 3)."
+        "Quantize scales (S,) (Dettmers et al. 2023, section 3). It is done on the processor: a mean's last digit depends on where it is taken, and a base must be the same base everywhere."
+        device, scales = scales.device, scales.cpu()
         offset = scales.mean()
         rows = F.pad(scales - offset, (0, -len(scales) % cls.BLOCK)).view(-1, cls.BLOCK)
         absmax = rows.abs().amax(1)
         places = (((rows * (1 / absmax)[:, None]).clamp(-1, 1) + 1) * 0.5 * GRID + 0.5).nan_to_num(0).int()
-        return cls(_level_on_grid().to(scales.device)[places].view(-1)[:len(scales)].clone(), absmax, offset)
+        return cls(*(t.to(device) for t in (_level_on_grid()[places].view(-1)[:len(scales)].clone(), absmax, offset)))
 
     def values(self) -> torch.Tensor:
         "The scales again, (S,) fp32."
