@@ -84,14 +84,14 @@ def end(folder: Path, ticket: int, at_once: int, ending: dict):
     except OSError: pass        # the record below has room
     write_turn(folder, ticket, at_once, **ending)
 
-# %% ../nbs/10a_jobs.ipynb #8a186759
+# %% ../nbs/10a_jobs.ipynb #e865f03d
 CHILDREN = []       # of this front, so that the system can forget those that ended
 
 
 def process_settings() -> dict[str, str]:
     "The environment of a run's process."
     paths = [str(Path(llmbook.__file__).parents[1]), *(p for p in sys.path if p)]
-    return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16", **os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128", **os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def spawn(

@@ -84,7 +84,7 @@ def test_what_the_run_would_refuse(base, change, said):
 def test_peak_is_this_process_s_own():
     held = torch.ones(60_000_000)
     assert measured()["peak_mb"] > 240 and len(held)
-    assert process_settings()["LRU_CACHE_CAPACITY"] == "16"
+    assert process_settings()["LRU_CACHE_CAPACITY"] == "128"
 
 
 def test_the_command(base, tmp_path, capsys):
