@@ -291,7 +291,7 @@ class RowTrainer(Trainer):
             row |= {"tokens": before + self.seen, "tokens_per_s": round(row["tokens_per_s"] * self.seen / self.config.tokens_per_step, 1)}
         super().record(row)
 
-# %% ../nbs/06b_classifying.ipynb #1a49f009
+# %% ../nbs/06b_classifying.ipynb #82c961a5
 def rows_config(
     train: Rows,            # to learn from
     valid: Rows,            # to choose by
@@ -301,6 +301,7 @@ def rows_config(
 ) -> TrainConfig:
     "A run over rows: as many steps as the epochs have batches, warm-up over a tenth, then linearly to zero (Devlin et al. 2018, appendix A.3)."
     if not 0 < epochs < math.inf: raise BookError(f"epochs={epochs} can't be used: choose a number above 0.")
+    if batch_size < 1: raise BookError(f"batch_size={batch_size} can't be used: choose a whole number from 1 up.")
     steps = settings.get("steps") or max(1, round(epochs * math.ceil(len(train.lengths) / batch_size)) // settings.get("accumulate", 1))
     usual = dict(steps=steps, context=int(max(train.lengths.max(), valid.lengths.max())), lr=5e-5, min_lr=0.0, warmup=steps // 10, schedule="linear", weight_decay=0.01, betas=(0.9, 0.999))
     return TrainConfig(batch_size=batch_size, **{**usual, **settings})

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'CorporaList', 'CorporaShow', 'CorporaFetch', 'file_documents', 'consecutive_pieces', 'PretrainOptions',
-           'Pretrain', 'streamed_text', 'Generate', 'FinetuneCommand', 'EvaluateCommand', 'QuantizeCommand',
-           'MergeCommand', 'ExportCommand', 'SamplesCommand', 'PlanCommand', 'SiteCommand', 'NotebooksRun',
-           'NotebooksCheck', 'Bench', 'Runs', 'JobsList', 'JobsWatch', 'JobsStop', 'JobsResume', 'Corpora', 'Notebooks',
-           'Jobs', 'main']
+           'Pretrain', 'streamed_text', 'Generate', 'FinetuneCommand', 'EstimateCommand', 'EvaluateCommand',
+           'QuantizeCommand', 'MergeCommand', 'ExportCommand', 'SamplesCommand', 'PlanCommand', 'SiteCommand',
+           'NotebooksRun', 'NotebooksCheck', 'Bench', 'Runs', 'JobsList', 'JobsWatch', 'JobsStop', 'JobsResume',
+           'Corpora', 'Notebooks', 'Jobs', 'main']
 
 # %% ../nbs/A3_cli.ipynb #a4415d2b
 import json
@@ -356,6 +356,39 @@ class FinetuneCommand:
         print(f"held-out loss {seen[0]['valid_loss']:.3f} before, {min(r['valid_loss'] for r in seen):.3f} at best; the model is in {self.out / 'best'}")
         print(f"try: llmbook evaluate {self.out} --data ANOTHER-FILE")
 
+# %% ../nbs/A3_cli.ipynb #61df4ad5
+@dataclass
+class EstimateCommand:
+    """Say what memory and time a fine-tuning would take on this machine, without starting it.
+
+    Examples:
+    llmbook estimate --base tiny-gpt --data questions.jsonl
+    llmbook estimate --base smollm2-135m-instruct --data questions.jsonl --method qlora --batch-size 4
+    """
+    data: Path                      # JSON, JSON Lines or CSV, as for finetune
+    base: str = "tiny-gpt"          # a model of this package or the catalogue, a folder, or hf:owner/name
+    method: str = "full"            # full, lora, qlora, prompt or prefix
+    option: tuple[str, ...] = ()    # of the method, as name=value, such as rank=8
+    valid: Path | None = None       # rows to choose by; none: a share of the others
+    share: float = 0.1              # that share
+    epochs: float = 3               # times that each row is read
+    batch_size: int = 8             # rows a forward pass
+    length: int | None = None       # tokens of a row at most
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: both are tried
+    recompute: bool = False         # keep layers' inputs only, and compute the rest twice
+    json: bool = False              # print JSON instead of text
+
+    def run(self):
+        from llmbook.estimate import estimate
+        from llmbook.finetuning import Plan
+        from llmbook.task_data import read_task
+        plan = Plan(self.base, self.method, self.epochs, self.batch_size, None, self.length, self.share, precision=self.precision, options=_options(self.option))
+        said = estimate(plan, read_task(self.data), self.valid and read_task(self.valid), recompute=self.recompute)
+        if self.json: return print(json.dumps(vars(said), indent=1))
+        print(said)
+        for unit, parts in (("MB", said.parts), ("s", said.times)):
+            for name, value in parts.items(): print(f"  {name:<20} {value:10,.1f} {unit}")
+
 # %% ../nbs/A3_cli.ipynb #f5df98d6
 @dataclass
 class EvaluateCommand:
@@ -673,7 +706,7 @@ class JobsResume:
         s = resume(self.run_dir, self.at_once)
         print(f"{s.name}: {s.state}{f', {s.why}' * bool(s.why)}; follow it with: llmbook jobs watch {self.run_dir}")
 
-# %% ../nbs/A3_cli.ipynb #005bf49b
+# %% ../nbs/A3_cli.ipynb #280d2bdc
 _sub = tyro.conf.subcommand
 _Corpora = Union[Annotated[CorporaList, _sub("list")], Annotated[CorporaShow, _sub("show")], Annotated[CorporaFetch, _sub("fetch")]]
 
@@ -699,7 +732,7 @@ class Jobs:
     def run(self): self.action.run()
 
 COMMANDS = Union[Annotated[Corpora, _sub("corpora")], Annotated[Pretrain, _sub("pretrain")], Annotated[Generate, _sub("generate")],
-                 Annotated[FinetuneCommand, _sub("finetune")], Annotated[EvaluateCommand, _sub("evaluate")], Annotated[QuantizeCommand, _sub("quantize")], Annotated[MergeCommand, _sub("merge")], Annotated[ExportCommand, _sub("export")], Annotated[SamplesCommand, _sub("samples")], Annotated[SiteCommand, _sub("site")], Annotated[Notebooks, _sub("notebooks")], Annotated[Bench, _sub("bench")], Annotated[Runs, _sub("runs")],
+                 Annotated[FinetuneCommand, _sub("finetune")], Annotated[EstimateCommand, _sub("estimate")], Annotated[EvaluateCommand, _sub("evaluate")], Annotated[QuantizeCommand, _sub("quantize")], Annotated[MergeCommand, _sub("merge")], Annotated[ExportCommand, _sub("export")], Annotated[SamplesCommand, _sub("samples")], Annotated[SiteCommand, _sub("site")], Annotated[Notebooks, _sub("notebooks")], Annotated[Bench, _sub("bench")], Annotated[Runs, _sub("runs")],
                  Annotated[Jobs, _sub("jobs")],
                  Annotated[PlanCommand, _sub("plan")]]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM_SYSTEM', 'write_folder', 'weight_files', 'read_folder', 'pair_halves', 'read_gguf', 'translate',
-           'take_exactly', 'load_exactly', 'shipped_models', 'locate', 'read_model', 'pretrained_tokenizer',
-           'chat_pieces', 'chat_prompt']
+           'take_exactly', 'load_exactly', 'shipped_models', 'locate', 'read_model', 'model_shape',
+           'pretrained_tokenizer', 'chat_pieces', 'chat_prompt']
 
 # %% ../nbs/02b0_pretrained.ipynb #9f62a1c7
 import json
@@ -179,7 +179,7 @@ def load_exactly(
     if (tied := getattr(model, "tied", None)) and tied in weights: weights = {k: w for k, w in weights.items() if k != tied}
     take_exactly(dict(model.named_parameters()), weights, source)
 
-# %% ../nbs/02b0_pretrained.ipynb #f7ab03b8
+# %% ../nbs/02b0_pretrained.ipynb #141bcb14
 def shipped_models() -> dict[str, Path]:
     "The models that come with this package: name → folder."
     return {p.parent.name: p.parent for p in sorted(Path(str(files("llmbook"))).glob("models/*/config.json"))}
@@ -205,6 +205,13 @@ def read_model(name: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     found = read_gguf(path) if path.suffix == ".gguf" else read_folder(path)
     try: return translate(*found)
     except KeyError as e: raise BookError(f"{path} can't be read as a decoder ({e.args[0]} is missing or unknown): get its files again.") from None
+
+def model_shape(name: str | Path) -> dict:
+    "Fields of `GPTConfig` of a model, without its weights."
+    path = locate(name)
+    if path.suffix == ".gguf": return translate(_gguf_config(_gguf_reader(path)), {})[0]
+    try: return translate(json.loads((path / "config.json").read_text()), {})[0]
+    except (OSError, ValueError, KeyError) as e: raise e if isinstance(e, BookError) else BookError(f"{path} can't be read as a decoder (its config.json is missing or damaged): get its files again.") from None
 
 def _gguf_tokenizer(path: Path) -> BPETokenizer:
     "The byte-level BPE that a GGUF file carries."
