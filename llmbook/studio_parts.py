@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'LARGEST', 'WORDS', 'SETTINGS', 'METHOD_WORDS', 'shelf', 'ModelFacts', 'model_facts', 'Judged', 'judge',
            'judge_path', 'judged', 'download', 'corrected_name', 'judged_html', 'look', 'Setting', 'number', 'plan_of',
-           'duration', 'RunView', 'Voice', 'asked_row', 'speak', 'label_chances', 'held_out', 'scores', 'before_after']
+           'duration', 'curve_svg', 'RunView', 'Voice', 'asked_row', 'speak', 'label_chances', 'held_out', 'scores',
+           'before_after']
 
-# %% ../nbs/10d0_studio_parts.ipynb #60977f56
+# %% ../nbs/10d0_studio_parts.ipynb #a2389197
 import base64
 import math
 import threading
@@ -22,7 +23,7 @@ from torch import nn
 
 from .classifying import LabelledRows, edges, load_body, padded, predict, read_kind
 from .corpora import CATALOGUE, BookError, entry_folder
-from .dashboards import Html, Table
+from .dashboards import COLOURS, Html, Table
 from .examples import preview, token_boxes
 from .finetuning import Plan, answer_nats, answer_scores, answers, asked_prompt, dealt, label_scores, method_named, part_of, task_rows
 from .gpt import GPT
@@ -219,12 +220,35 @@ def plan_of(
     TrainConfig(1, plan.batch_size, plan.length or 256, lr=plan.lr or method_named(method).lr, seed=plan.seed)
     return plan
 
-# %% ../nbs/10d0_studio_parts.ipynb #312ea36b
+# %% ../nbs/10d0_studio_parts.ipynb #629908f9
 def duration(seconds: float | None) -> str:
     "Seconds as a person would say them."
     if seconds is None: return "–"
     s = round(seconds)
     return f"{seconds:.1f} s" if s < 10 else f"{s} s" if s < 100 else f"{s // 60} min {s % 60} s" if s < 6000 else f"{s // 3600} h {s % 3600 // 60} min"
+
+
+def curve_svg(
+    curves: dict[str, tuple[list, list]],   # name → steps and losses
+    steps: int = 1,                         # where the horizontal axis ends at least
+    wide: int = 640,
+    high: int = 240,
+) -> str:
+    "Losses by step, drawn in the page's own colours; nothing while there are none."
+    values = [y for _, ys in curves.values() for y in ys if math.isfinite(y)]
+    if not values: return ""
+    low, top, last = min(values), max(values), max([steps, *(x for xs, _ in curves.values() for x in xs)])
+    low, top = low - 0.05 * (top - low or 1), top + 0.05 * (top - low or 1)
+    at = lambda x, y: (48 + (wide - 60) * x / last, 12 + (high - 44) * (top - y) / (top - low))
+    lines = [f'<text x="{wide / 2}" y="{high - 2}" text-anchor="middle">step</text>', f'<text x="48" y="{high - 16}" text-anchor="middle">0</text>', f'<text x="{wide - 12}" y="{high - 16}" text-anchor="end">{last:,}</text>']
+    for k in range(4):
+        y = low + (top - low) * k / 3
+        lines.append(f'<line x1="48" x2="{wide - 12}" y1="{at(0, y)[1]:.1f}" y2="{at(0, y)[1]:.1f}" stroke="currentColor" opacity=".2"/><text x="42" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    for k, ((name, (xs, ys)), colour) in enumerate(zip(curves.items(), COLOURS)):
+        dots = [at(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
+        lines.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in dots)}" fill="none" stroke="{colour}" stroke-width="2"/>' + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in (dots if len(dots) < 60 else dots[-1:])))
+        lines.append(f'<text x="{wide - 16}" y="{24 + 16 * k}" text-anchor="end" style="fill:{colour}">{escape(name)}{f" {ys[-1]:.3g}" if ys else ""}</text>')
+    return f'<svg viewBox="0 0 {wide} {high}" style="max-width:{wide}px;width:100%;font:12px sans-serif;fill:currentColor" role="img" aria-label="loss by step">{"".join(lines)}</svg>'
 
 
 class RunView:
