@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'LARGEST', 'WORDS', 'SETTINGS', 'METHOD_WORDS', 'shelf', 'ModelFacts', 'model_facts', 'Judged', 'judge',
            'judge_path', 'judged', 'download', 'corrected_name', 'judged_html', 'look', 'Setting', 'number', 'plan_of',
-           'duration', 'curve_svg', 'RunView', 'Voice', 'asked_row', 'speak', 'label_chances', 'held_out', 'scores',
-           'before_after']
+           'check_fit', 'duration', 'curve_svg', 'RunView', 'Voice', 'asked_row', 'speak', 'label_chances', 'held_out',
+           'scores', 'before_after']
 
-# %% ../nbs/10d0_studio_parts.ipynb #a2389197
+# %% ../nbs/10d0_studio_parts.ipynb #1fd8fb99
 import base64
 import math
 import threading
@@ -33,7 +33,7 @@ from .jobs import lived
 from .loop import TrainConfig
 from .monitoring import thinned
 from .pretrained import shipped_models
-from .task_data import Alpaca, Chat, Completion, Inspection, Labelled, Row, TaskData, inspect, read_task
+from .task_data import Alpaca, Chat, Completion, Inspection, Row, TaskData, corrected, inspect, read_task
 from .task_files import Limits, fault_table, show_name
 from .tokenization import Tokenizer
 
@@ -118,7 +118,7 @@ def judged(name: str, raw: bytes, seen: Inspection) -> Judged:
     except BookError: mended = None
     return Judged(name, raw, seen, mended)
 
-# %% ../nbs/10d0_studio_parts.ipynb #080ecaaf
+# %% ../nbs/10d0_studio_parts.ipynb #c0038308
 def download(
     name: str,      # of the file that the browser writes
     data: bytes,
@@ -147,7 +147,6 @@ def judged_html(
     if faults: said += [f'<p class="studio-fault">{faults.total:,} fault{"s" * (faults.total > 1)}.</p>', fault_table(faults[:most]).html]
     if faults.total > most: said.append(f"<p>and {faults.total - most:,} more.</p>")
     if judged.mended is not None:
-        from llmbook.task_data import corrected
         said.append(f"<p>All of them can be mended for certain, which gives {len(judged.mended):,} rows: {download(corrected_name(judged.name), corrected(judged.raw), 'download the corrected file')}</p>")
     if notes := seen.data.notes: said += ["<p>Worth knowing:</p>", fault_table(notes[:most]).html]
     return "".join(said)
@@ -169,7 +168,7 @@ def look(
         said.append(f"{token_boxes(ids, [False] * len(ids), facts.tokenizer)}<p>{len(ids):,} tokens; the label <b>{escape(show_name(row.label))}</b> is learned.</p>")
     return "".join(said)
 
-# %% ../nbs/10d0_studio_parts.ipynb #2efe1fc8
+# %% ../nbs/10d0_studio_parts.ipynb #2d495806
 @dataclass(frozen=True)
 class Setting:
     "One thing that may be changed before a run."
@@ -200,9 +199,9 @@ METHOD_WORDS = {"full": "Full: every weight moves. Learns most, takes most memor
 def number(setting: Setting, text: str) -> float | int | None:
     "What was typed, as a number; None: nothing was. BookError for anything else."
     if not (text := text.strip()): return None
-    try: value = setting.kind(text)
+    try: value = float(text) if setting.kind is float else int(text)
     except ValueError: raise BookError(f"{setting.label}: “{show_name(text)}” is no {'whole ' * (setting.kind is int)}number: write one, or leave the field empty for {setting.usual}.") from None
-    if not math.isfinite(value) or value < 0 or (value == 0 and setting.name != "seed"): raise BookError(f"{setting.label}: {show_name(text)} can't be used: write a number above 0, or leave the field empty for {setting.usual}.")
+    if not 0 <= value < 1e9 or (value == 0 and setting.name != "seed"): raise BookError(f"{setting.label}: {show_name(text)} can't be used: write a number above 0 and below a thousand million, or leave the field empty for {setting.usual}.")
     return value
 
 
@@ -219,6 +218,14 @@ def plan_of(
     if plan.share >= 1: raise BookError(f"A validation share of {plan.share} can't be used: choose a number above 0 and below 1.")
     TrainConfig(1, plan.batch_size, plan.length or 256, lr=plan.lr or method_named(method).lr, seed=plan.seed)
     return plan
+
+
+def check_fit(plan: Plan, facts: ModelFacts, data: TaskData):
+    "BookError if this base can't learn these rows by this method: what the run would find out only after its start."
+    if not data.labels and not facts.writes: raise BookError(f"{show_name(facts.name, 80)} reads texts but writes none, and these rows ask for answers: choose a decoder such as tiny-gpt, or rows with a text and a label.")
+    if data.labels and plan.method in ("prompt", "prefix"): raise BookError(f"The method {plan.method} teaches answers, and these rows have labels: choose full, lora or qlora.")
+    if (plan.length or 0) > facts.context: raise BookError(f"Tokens a row: {plan.length} is more than the {facts.context} that {show_name(facts.name, 80)} can read: write a smaller number.")
+    dealt(data, plan.share)
 
 # %% ../nbs/10d0_studio_parts.ipynb #629908f9
 def duration(seconds: float | None) -> str:
