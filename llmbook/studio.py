@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN', 'RunsSection', 'CompareSection', 'ChatSection', 'ExportSection', 'packed', 'Studio']
 
-# %% ../nbs/10d_studio.ipynb #3445b915
+# %% ../nbs/10d_studio.ipynb #f0001ceb
 import asyncio
 import threading
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 import ipywidgets as w
 
 from . import jobs
+from .corpora import BookError
 from .dashboards import Table, has_kernel
 from .finetuning import open_run
 from .job_folder import ENDED, SPEC, Status, read_json, status

@@ -113,14 +113,20 @@ def start(page):
 # Files
 
 @pytest.fixture(scope="module")
-def counting(base, tmp_path_factory):
-    "A page with a model whose runs are only counted."
-    page, began, real = Studio(tmp_path_factory.mktemp("counting")), [], jobs.start
-    jobs.start = lambda plan, raw, folder, name, repair: began.append((raw, repair))
+def patient(base, tmp_path_factory):
+    "A page with a model, for many files."
+    page = Studio(tmp_path_factory.mktemp("counting"))
     choose(page, base)
-    yield page, began
-    jobs.start = real
+    yield page
     page.close()
+
+
+@pytest.fixture
+def counting(patient, monkeypatch):
+    "That page, and what it would have started."
+    began = []
+    monkeypatch.setattr(jobs, "start", lambda plan, raw, folder, name, repair: began.append((raw, repair)))
+    return patient, began
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -195,7 +201,7 @@ def test_names_cannot_leave_the_runs_folder(opened, base, here, name, tmp_path):
     before = {p for p in tmp_path.iterdir()}
     assert "fault" not in start(page)
     (run,) = jobs.list_jobs(page.root)
-    assert run.path.parent == page.root and run.state == "finished" and {p.name for p in run.path.iterdir()} >= {"data.jsonl", SPEC}
+    assert run.path.parent == page.root and run.state == "finished" and re.fullmatch(r"data\.(json|jsonl|csv|txt)", read_json(run.path / SPEC)["data"]["file"])
     assert {p for p in tmp_path.iterdir()} == before and {p.name for p in page.root.iterdir()} - {".jobs.lock"} == {run.name}
     assert re.fullmatch(r"[\w-]+-corrected\.(json|jsonl|csv|txt)", corrected_name(name))
     harmless(page)
@@ -204,11 +210,14 @@ def test_names_cannot_leave_the_runs_folder(opened, base, here, name, tmp_path):
 def test_hostile_texts_are_only_text(opened, base, here):
     page = opened()
     rows = [{"prompt": f"{EVIL} {i}", "completion": f" {EVIL}"} for i in range(16)]
-    ready(page, base, rows, length="60")
-    assert "&lt;script" in page.preview.told.value
+    ready(page, base, rows)
+    assert "this example is left out" in page.preview.told.value
+    page.base.choice.value = "tiny-gpt"
+    page.settle()
+    assert "&lt;" in page.preview.told.value
     start(page)
-    assert page.runs.now.state == "finished", page.settings.shown
     page.tick(0)
+    assert page.runs.now.state == "finished", page.settings.shown
     assert "&lt;script" in page.runs.samples.value
     page.compare.compare()
     page.settle()
@@ -337,7 +346,7 @@ def test_the_list_keeps_what_was_chosen(opened, base, here):
     page.tick(0)
     assert page.runs.view is None and page.runs.curve.value == "" and page.runs.told.value == ""
     for press in (page.runs.stop, page.runs.resume, page.compare.compare, page.compare.ask, page.chat.send): press()
-    assert all("no run yet" in s.shown for s in (page.runs, page.compare, page.chat))
+    assert ["no run yet" in s.shown for s in (page.runs, page.compare, page.chat)] == [True] * 3, [s.shown for s in (page.runs, page.compare, page.chat)]
 
 
 def test_a_run_that_is_not_finished_cannot_be_asked(opened, base):
