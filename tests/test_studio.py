@@ -7,11 +7,9 @@ import random
 import re
 import shutil
 import threading
-import time
 from collections import Counter
 from datetime import datetime
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import ipywidgets as w
@@ -26,7 +24,21 @@ from llmbook.finetuning import Plan
 from llmbook.job_folder import ENDED, SPEC, held, read_json, status
 from llmbook.studio import Studio
 from llmbook.studio_form import FAULTS, Thinker
-from llmbook.studio_parts import LARGEST, SETTINGS, RunView, asked_row, corrected_name, curve_svg, duration, judge, judge_path, judged_html, model_facts, number, plan_of
+from llmbook.studio_parts import (
+    LARGEST,
+    SETTINGS,
+    RunView,
+    asked_row,
+    corrected_name,
+    curve_svg,
+    duration,
+    judge,
+    judge_path,
+    judged_html,
+    model_facts,
+    number,
+    plan_of,
+)
 from llmbook.task_data import damage, read_task
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
@@ -100,7 +112,7 @@ def ready(page, base, rows=ROWS, method="full", name="rows.jsonl", **typed):
     choose(page, base)
     upload(page, rows if isinstance(rows, bytes) else jsonl(rows), name)
     page.settings.method.value = method
-    for key, text in {**dict(epochs="1", lr="1e-3", share="0.25"), **typed}.items(): page.settings.fields[key].value = text
+    for key, text in {"epochs": "1", "lr": "1e-3", "share": "0.25", **typed}.items(): page.settings.fields[key].value = text
     page.settle()
 
 
@@ -227,9 +239,22 @@ def test_hostile_texts_are_only_text(opened, base, here):
     assert "&lt;script" in page.compare.told.value and "&lt;script" in page.chat.told.value and page.compare.own.value
     harmless(page)
     for section in page.sections: section.say(EVIL, fault=True); section.fault(RuntimeError(EVIL))
-    page.base.other.value = EVIL
+    page.base.choice.value, page.base.other.value = "other", EVIL
     page.settle()
     assert page.base.facts is None and page.base.shown
+    harmless(page)
+
+
+def test_samples_to_begin_with(opened):
+    page = opened()
+    page.data.samples()
+    page.settle()
+    names = dict(page.data.sample.options)
+    assert len(names) > 3 and page.data.sample.layout.display == ""
+    for name in [n for n in names if names[n]]:
+        page.data.sample.value = names[name]
+        page.settle()
+        assert bool(page.data.judged.seen.faults) == name.startswith("broken"), name
     harmless(page)
 
 
@@ -275,7 +300,7 @@ def test_numbers_that_cannot_be_used(name, text):
 def test_empty_fields_are_the_plans_own():
     for method in ("full", "lora", "qlora", "prompt", "prefix"):
         assert plan_of("tiny-gpt", method, {}) == plan_of("tiny-gpt", method, {s.name: " " for s in SETTINGS}) == Plan("tiny-gpt", method)
-    typed = dict(epochs="2", batch_size=" 4 ", lr="1e-4", length="64", share=".2", seed="7", rank="3", tokens="5")
+    typed = {"epochs": "2", "batch_size": " 4 ", "lr": "1e-4", "length": "64", "share": ".2", "seed": "7", "rank": "3", "tokens": "5"}
     assert plan_of("x", "lora", typed) == Plan("x", "lora", 2.0, 4, 1e-4, 64, 0.2, seed=7, options={"rank": 3})
     assert plan_of("x", "prefix", typed).options == {"tokens": 5} and plan_of("x", "full", typed).options == {}
     assert number(SETTINGS[0], "") is None
@@ -432,7 +457,7 @@ def test_labels_are_named_with_their_probabilities(opened, here):
     page.base.choice.value = "tiny-bert"
     upload(page, b"text,label\n" + b"".join(f"the {c} film {i},{c}\n".encode() for i in range(16) for c in ("good", "bad")), "films.csv")
     page.settings.method.value = "full"
-    for key, text in dict(epochs="2", lr="1e-3", share="0.3").items(): page.settings.fields[key].value = text
+    for key, text in {"epochs": "2", "lr": "1e-3", "share": "0.3"}.items(): page.settings.fields[key].value = text
     start(page)
     page.compare.compare()
     page.chat.text.value = page.compare.prompt.value = "the good film 99"
@@ -522,4 +547,3 @@ def test_what_a_judge_shows_is_bounded():
 
 def test_imports_that_are_not_there():
     assert studio_form.later("no_such_module") is None and studio_form.later("jobs") is jobs
-    assert Path(studio_form.__file__).exists() and time
