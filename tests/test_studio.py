@@ -405,6 +405,20 @@ def test_measured_beside_the_estimate(opened, base, here, monkeypatch):
     assert page.settings.estimated.value == "", "an estimate of other settings is gone"
 
 
+def test_the_estimate_counts_what_the_run_then_moves(opened, base, here):
+    page = opened()
+    ready(page, base)
+    page.settings.estimate()
+    page.settle()
+    assert re.search(r"\d MB", page.settings.estimated.value), page.settings.shown
+    start(page)
+    page.tick(0)
+    folder = page.runs.folder()
+    view = RunView(folder)
+    view.read()
+    assert read_json(folder / "estimate.json")["trainable"] == view.last("begin")["trainable"]
+
+
 def test_taken_away(opened, base, here, monkeypatch, tmp_path):
     archive = tmp_path / "out.zip"
     archive.write_bytes(b"PK")
