@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'Piece', 'messages_of', 'plain_text', 'chatml', 'headings', 'template_for', 'encode_pieces', 'Example',
            'example_of', 'shorten', 'Encoded', 'encode_task', 'pad_batch', 'grouped', 'first_fit', 'pack_batch',
-           'ExampleSampler', 'wasted', 'class_weights', 'preview']
+           'ExampleSampler', 'wasted', 'class_weights', 'token_boxes', 'preview']
 
 # %% ../nbs/06aa_examples.ipynb #91790ca7
 import itertools
@@ -276,9 +276,24 @@ def class_weights(
     w = n ** -power
     return w * n.sum() / (n * w).sum()
 
-# %% ../nbs/06aa_examples.ipynb #518a497e
+# %% ../nbs/06aa_examples.ipynb #ee58b5f7
 _STYLE = ("<style>.examples{font-family:monospace;line-height:1.9;overflow-wrap:anywhere}.examples span{border-radius:3px;padding:1px 1px;margin:0 1px;background:#8882;color:#767f88}"
           ".examples .l{background:#0072b244;color:inherit;font-weight:600}.examples .s{outline:1px solid #8889}</style>")
+
+def token_boxes(
+    ids: Sequence[int],     # T tokens
+    learn: Sequence[bool],  # T: what the model is to say
+    tokenizer: Tokenizer,   # of the model
+) -> str:                   # HTML
+    "Tokens as boxes: grey is read, blue must be said, a frame marks a special token; whatever they hold is shown as text."
+    names = {i: t for t, i in tokenizer.special.items()}
+    boxes = []
+    for i, said in zip(ids, learn):
+        kind = " ".join(k for k, on in (("l", said), ("s", i in names)) if on)
+        text = escape(names.get(i) or tokenizer.decode([i])).replace(" ", "·").replace("\n", "⏎<br>")
+        boxes.append(f'<span class="{kind}">{text}</span>' if kind else f"<span>{text}</span>")
+    return f'{_STYLE}<div class="examples">{"".join(boxes)}</div>'
+
 
 def preview(
     row: Row,                       # an example
@@ -294,10 +309,4 @@ def preview(
         kept = shorten(pieces, tokenizer, context + 1)
         if kept is None: return Html(f"<p>The answer doesn't fit into {context:,} tokens: this example is left out.</p>")
         note, (ids, learn) = f", {len(ids) - len(kept[0]):,} tokens cut from its prompt", kept
-    names = {i: t for t, i in tokenizer.special.items()}
-    boxes = []
-    for i, said in zip(ids, learn):
-        kind = " ".join(k for k, on in (("l", said), ("s", i in names)) if on)
-        text = escape(names.get(i) or tokenizer.decode([i])).replace(" ", "·").replace("\n", "⏎<br>")
-        boxes.append(f'<span class="{kind}">{text}</span>' if kind else f"<span>{text}</span>")
-    return Html(f'{_STYLE}<div class="examples">{"".join(boxes)}</div><p>{len(ids):,} tokens{note}; {sum(learn):,} are learned.</p>')
+    return Html(f'{token_boxes(ids, learn, tokenizer)}<p>{len(ids):,} tokens{note}; {sum(learn):,} are learned.</p>')
