@@ -102,7 +102,7 @@ def settings(
     if sys.platform == "linux" and len(str(folder)) < 40: c.KernelManager.transport = "ipc"   # a socket's path has at most 107 letters
     return c
 
-# %% ../nbs/10e_serving.ipynb #2ff66653
+# %% ../nbs/10e_serving.ipynb #7c858eac
 def rule_in_front(
     server,         # Voilà's application
     door: Door,
@@ -135,7 +135,7 @@ def page_server(
 ):                  # has `start`, which returns when the server was told to stop
     "Voilà, behind a door. BookError if it isn't installed."
     try: from voila.app import Voila
-    except ImportError: raise BookError("The studio's page is served by Voilà, which isn't here: pip install 'llmbook[studio]', or open the studio in JupyterLab.") from None
+    except ImportError: raise BookError("The studio's page is served by Voilà, which isn't installed: pip install 'voila>=0.5.13', or open the studio in JupyterLab.") from None
     from tornado.httpserver import HTTPServer
     from tornado.ioloop import IOLoop
 
