@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from .corpora import BookError
 
-# %% ../nbs/10e_serving.ipynb #6fab6261
+# %% ../nbs/10e_serving.ipynb #3be99d65
 @dataclass(frozen=True)
 class Door:
     "Who is let in to a server."
@@ -43,10 +43,10 @@ class Door:
         known: bool,    # whether it has shown the secret
     ) -> str:           # why it is refused; empty: it isn't
         "Ask the three questions."
-        try: name = urlsplit(f"//{host}").hostname
-        except ValueError: name = None
+        try: name, page = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
+        except ValueError: return "This is no name of a server."
         if self.names is not None and name not in self.names: return "This server doesn't answer to that name."
-        if origin and urlsplit(origin).netloc.lower() != host.lower(): return "This server answers its own pages only."
+        if origin and page.lower() != host.lower(): return "This server answers its own pages only."
         if not known: return "Open the address that `llmbook studio` has printed: it ends in a token, without which nothing is served."
         return ""
 
@@ -102,7 +102,7 @@ def settings(
     if sys.platform == "linux" and len(str(folder)) < 40: c.KernelManager.transport = "ipc"   # a socket's path has at most 107 letters
     return c
 
-# %% ../nbs/10e_serving.ipynb #7c858eac
+# %% ../nbs/10e_serving.ipynb #12fbb52d
 def rule_in_front(
     server,         # Voilà's application
     door: Door,
@@ -135,7 +135,7 @@ def page_server(
 ):                  # has `start`, which returns when the server was told to stop
     "Voilà, behind a door. BookError if it isn't installed."
     try: from voila.app import Voila
-    except ImportError: raise BookError("The studio's page is served by Voilà, which isn't installed: pip install 'voila>=0.5.13', or open the studio in JupyterLab.") from None
+    except ImportError: raise BookError("The studio's page is served by Voilà: install the extra with `pip install 'llmbook[studio]'`, or open the studio in JupyterLab.") from None
     from tornado.httpserver import HTTPServer
     from tornado.ioloop import IOLoop
 
@@ -182,7 +182,7 @@ def address(host: str, port: int, token: str) -> str:
     name = socket.gethostname() if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/?token={token}"
 
-# %% ../nbs/10e_serving.ipynb #d3af0e22
+# %% ../nbs/10e_serving.ipynb #19b4e146
 def show(
     url: str,
     folder: Path,   # the private one
@@ -202,14 +202,13 @@ def serve(
     root = Path(root).absolute()
     try: root.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BookError(f"{root} can't be a folder for runs ({e.strerror}): name another one with --root.") from None
-    listens, private = listening(host, port), is_private(host)
+    private = is_private(host)
     door = Door(secrets.token_urlsafe(24), frozenset({"127.0.0.1", "localhost", "::1", host}) if private else None)
-    url = address(host, listens.getsockname()[1], door.token)
-
     def ready():
+        url = address(host, listens.getsockname()[1], door.token)
         if not private: print(f"Careful: {host} can be reached from other machines. Whoever has the address below can use this page, and it travels unencrypted.")
         print(f"The studio is at {url}\nNobody gets in without this address. Ctrl-C closes the page; runs go on.", flush=True)
         if open_browser: show(url, Path(folder))
-    with tempfile.TemporaryDirectory(prefix="llmbook-", ignore_cleanup_errors=True) as folder:
+    with listening(host, port) as listens, tempfile.TemporaryDirectory(prefix="llmbook-", ignore_cleanup_errors=True) as folder:
         page_server(write_page(Path(folder), root), door, listens, ready).start()
     print("The page is closed.")
