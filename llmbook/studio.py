@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'FAULTS', 'OPEN', 'Thinker', 'guarded', 'Section', 'button', 'row', 'BaseSection', 'DataSection',
-           'PreviewSection', 'later', 'estimate_html', 'SettingsSection', 'keep_estimate', 'curve_figure',
-           'RunsSection', 'CompareSection', 'ChatSection', 'ExportSection', 'packed', 'Studio']
+           'PreviewSection', 'later', 'estimate_html', 'SettingsSection', 'keep_estimate', 'RunsSection',
+           'CompareSection', 'ChatSection', 'ExportSection', 'packed', 'Studio']
 
-# %% ../nbs/10d_studio.ipynb #97e166ed
+# %% ../nbs/10d_studio.ipynb #ce580587
 import asyncio
-import base64
 import functools
 import importlib
 import json
@@ -22,15 +21,14 @@ from html import escape
 from pathlib import Path
 
 import ipywidgets as w
-import plotly.graph_objects as go
 
 from . import jobs
 from .checkpointing import write_atomic
 from .corpora import BookError
-from .dashboards import COLOURS, Table, has_kernel
+from .dashboards import Table, has_kernel
 from .finetuning import METHODS, open_run
 from .job_folder import ENDED, SPEC, read_json, status
-from .studio_parts import (LARGEST, METHOD_WORDS, SETTINGS, Judged, ModelFacts, RunView, Voice, asked_row, before_after, download, duration, held_out, judge, judge_path, judged_html,
+from .studio_parts import (LARGEST, METHOD_WORDS, SETTINGS, Judged, ModelFacts, RunView, Voice, asked_row, before_after, curve_svg, download, duration, held_out, judge, judge_path, judged_html,
     label_chances, look, model_facts, plan_of, shelf, speak)
 
 # %% ../nbs/10d_studio.ipynb #43653917
@@ -70,11 +68,11 @@ class Thinker:
 
     def close(self): self.jobs.put(None)
 
-# %% ../nbs/10d_studio.ipynb #8bfa0437
+# %% ../nbs/10d_studio.ipynb #7bfcd7ca
 STYLE = """<style>.studio{max-width:1000px}.studio h3{margin:.9em 0 .1em}.studio p{margin:.25em 0;line-height:1.4}.studio table{border-collapse:collapse;margin:.4em 0}
 .studio th,.studio td{text-align:left;padding:2px 10px 2px 0;border-bottom:1px solid #8884;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
 .studio .studio-fault{color:#c62828;font-weight:600;white-space:pre-wrap}.studio .studio-about{opacity:.75}.studio pre,.studio .studio-turn{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
-.studio .widget-text,.studio .widget-dropdown,.studio .widget-select{width:auto}.studio .widget-label{min-width:130px}</style>"""
+.studio svg{display:block}.studio .widget-text,.studio .widget-dropdown,.studio .widget-select{width:auto}.studio .widget-label{min-width:130px}</style>"""
 FAULTS = "studio.log"   # in the studio's folder: what isn't for the reader
 
 
@@ -293,24 +291,17 @@ class SettingsSection(Section):
 
 def keep_estimate(folder: Path, e): write_atomic(folder / "estimate.json", json.dumps({"memory_mb": e.memory_mb, "seconds": e.seconds, "trainable": e.trainable}).encode())
 
-# %% ../nbs/10d_studio.ipynb #afe53fea
-def curve_figure() -> go.FigureWidget:
-    "Two empty curves."
-    fig = go.FigureWidget(layout=dict(height=280, xaxis_title="step", yaxis_title="loss (nats)", margin=dict(t=16)))
-    for name, colour in zip(("training", "held out"), COLOURS): fig.add_scatter(x=[], y=[], name=name, mode="lines+markers", line_color=colour, marker_size=5)
-    return fig
-
-
+# %% ../nbs/10d_studio.ipynb #d6e4a691
 class RunsSection(Section):
     "The runs of this studio, and the chosen one as it goes."
     title, about = "5. Runs", "A run goes on when this page is closed. Several wait for one another. A stopped or lost one can be resumed, and ends as if nothing had happened."
 
     def __init__(self, page):
-        self.list, self.view, self.now = w.Select(options=[], rows=5, description="Runs", layout=w.Layout(width="100%")), None, None
+        self.list, self.view, self.now = w.Select(options=[], rows=5, description="Runs", layout=w.Layout(width="auto")), None, None
         self.filling = False
-        self.told, self.figure, self.samples, self.measured = w.HTML(), curve_figure(), w.HTML(), w.HTML()
+        self.told, self.curve, self.samples, self.measured = w.HTML(), w.HTML(), w.HTML(), w.HTML()
         self.stops, self.resumes = button("Stop", self.stop), button("Resume", self.resume)
-        super().__init__(page, self.list, row(self.stops, self.resumes), self.told, self.figure, self.samples, self.measured)
+        super().__init__(page, self.list, row(self.stops, self.resumes), self.told, self.curve, self.samples, self.measured)
         self.list.observe(self.picked, "value")
 
     def choose(self, folder: Path):
@@ -355,9 +346,7 @@ class RunsSection(Section):
 
     def draw(self):
         "Curves and samples."
-        curves = self.view.curves() if self.view else {"training": ([], []), "held out": ([], [])}
-        with self.figure.batch_update():
-            for trace, (x, y) in zip(self.figure.data, curves.values()): trace.x, trace.y = x, y
+        self.curve.value = curve_svg(self.view.curves(), self.view.last("begin").get("steps", 1)) if self.view else ""
         self.samples.value = self.view.samples() if self.view else ""
 
     def folder(self) -> Path:
@@ -376,14 +365,14 @@ class RunsSection(Section):
         folder = self.folder()
         self.think("Resuming …", lambda: jobs.resume(folder), lambda now: self.look())
 
-# %% ../nbs/10d_studio.ipynb #18df74b3
+# %% ../nbs/10d_studio.ipynb #90c0f01f
 class CompareSection(Section):
     "The base and the tuned model on the same questions."
     title, about = "6. Before and after", "Rows that the run didn't learn from, and a question of your own: what the base says, and what the tuned model says."
 
     def __init__(self, page):
         self.prompt, self.told, self.own = w.Textarea(description="Your own", placeholder="a question of your own", rows=2, layout=w.Layout(width="95%")), w.HTML(), w.HTML()
-        super().__init__(page, button("Compare on held-out rows", self.compare), self.told, self.prompt, button("Ask both", self.ask), self.own)
+        super().__init__(page, row(button("Compare on held-out rows", self.compare)), self.told, self.prompt, row(button("Ask both", self.ask)), self.own)
 
     @guarded
     def compare(self):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'LARGEST', 'WORDS', 'SETTINGS', 'METHOD_WORDS', 'shelf', 'ModelFacts', 'model_facts', 'Judged', 'judge',
            'judge_path', 'judged', 'download', 'corrected_name', 'judged_html', 'look', 'Setting', 'number', 'plan_of',
-           'duration', 'RunView', 'Voice', 'asked_row', 'speak', 'label_chances', 'held_out', 'scores', 'before_after']
+           'check_fit', 'duration', 'curve_svg', 'RunView', 'Voice', 'asked_row', 'speak', 'label_chances', 'held_out',
+           'scores', 'before_after']
 
-# %% ../nbs/10d0_studio_parts.ipynb #60977f56
+# %% ../nbs/10d0_studio_parts.ipynb #1fd8fb99
 import base64
 import math
 import threading
@@ -22,7 +23,7 @@ from torch import nn
 
 from .classifying import LabelledRows, edges, load_body, padded, predict, read_kind
 from .corpora import CATALOGUE, BookError, entry_folder
-from .dashboards import Html, Table
+from .dashboards import COLOURS, Html, Table
 from .examples import preview, token_boxes
 from .finetuning import Plan, answer_nats, answer_scores, answers, asked_prompt, dealt, label_scores, method_named, part_of, task_rows
 from .gpt import GPT
@@ -32,7 +33,7 @@ from .jobs import lived
 from .loop import TrainConfig
 from .monitoring import thinned
 from .pretrained import shipped_models
-from .task_data import Alpaca, Chat, Completion, Inspection, Labelled, Row, TaskData, inspect, read_task
+from .task_data import Alpaca, Chat, Completion, Inspection, Row, TaskData, corrected, inspect, read_task
 from .task_files import Limits, fault_table, show_name
 from .tokenization import Tokenizer
 
@@ -117,7 +118,7 @@ def judged(name: str, raw: bytes, seen: Inspection) -> Judged:
     except BookError: mended = None
     return Judged(name, raw, seen, mended)
 
-# %% ../nbs/10d0_studio_parts.ipynb #080ecaaf
+# %% ../nbs/10d0_studio_parts.ipynb #c0038308
 def download(
     name: str,      # of the file that the browser writes
     data: bytes,
@@ -146,7 +147,6 @@ def judged_html(
     if faults: said += [f'<p class="studio-fault">{faults.total:,} fault{"s" * (faults.total > 1)}.</p>', fault_table(faults[:most]).html]
     if faults.total > most: said.append(f"<p>and {faults.total - most:,} more.</p>")
     if judged.mended is not None:
-        from llmbook.task_data import corrected
         said.append(f"<p>All of them can be mended for certain, which gives {len(judged.mended):,} rows: {download(corrected_name(judged.name), corrected(judged.raw), 'download the corrected file')}</p>")
     if notes := seen.data.notes: said += ["<p>Worth knowing:</p>", fault_table(notes[:most]).html]
     return "".join(said)
@@ -168,7 +168,7 @@ def look(
         said.append(f"{token_boxes(ids, [False] * len(ids), facts.tokenizer)}<p>{len(ids):,} tokens; the label <b>{escape(show_name(row.label))}</b> is learned.</p>")
     return "".join(said)
 
-# %% ../nbs/10d0_studio_parts.ipynb #2efe1fc8
+# %% ../nbs/10d0_studio_parts.ipynb #2d495806
 @dataclass(frozen=True)
 class Setting:
     "One thing that may be changed before a run."
@@ -199,9 +199,9 @@ METHOD_WORDS = {"full": "Full: every weight moves. Learns most, takes most memor
 def number(setting: Setting, text: str) -> float | int | None:
     "What was typed, as a number; None: nothing was. BookError for anything else."
     if not (text := text.strip()): return None
-    try: value = setting.kind(text)
+    try: value = float(text) if setting.kind is float else int(text)
     except ValueError: raise BookError(f"{setting.label}: “{show_name(text)}” is no {'whole ' * (setting.kind is int)}number: write one, or leave the field empty for {setting.usual}.") from None
-    if not math.isfinite(value) or value < 0 or (value == 0 and setting.name != "seed"): raise BookError(f"{setting.label}: {show_name(text)} can't be used: write a number above 0, or leave the field empty for {setting.usual}.")
+    if not 0 <= value < 1e9 or (value == 0 and setting.name != "seed"): raise BookError(f"{setting.label}: {show_name(text)} can't be used: write a number above 0 and below a thousand million, or leave the field empty for {setting.usual}.")
     return value
 
 
@@ -219,12 +219,43 @@ def plan_of(
     TrainConfig(1, plan.batch_size, plan.length or 256, lr=plan.lr or method_named(method).lr, seed=plan.seed)
     return plan
 
-# %% ../nbs/10d0_studio_parts.ipynb #312ea36b
+
+def check_fit(plan: Plan, facts: ModelFacts, data: TaskData):
+    "BookError if this base can't learn these rows by this method: what the run would find out only after its start."
+    if not data.labels and not facts.writes: raise BookError(f"{show_name(facts.name, 80)} reads texts but writes none, and these rows ask for answers: choose a decoder such as tiny-gpt, or rows with a text and a label.")
+    if data.labels and plan.method in ("prompt", "prefix"): raise BookError(f"The method {plan.method} teaches answers, and these rows have labels: choose full, lora or qlora.")
+    if (plan.length or 0) > facts.context: raise BookError(f"Tokens a row: {plan.length} is more than the {facts.context} that {show_name(facts.name, 80)} can read: write a smaller number.")
+    dealt(data, plan.share)
+
+# %% ../nbs/10d0_studio_parts.ipynb #629908f9
 def duration(seconds: float | None) -> str:
     "Seconds as a person would say them."
     if seconds is None: return "–"
     s = round(seconds)
     return f"{seconds:.1f} s" if s < 10 else f"{s} s" if s < 100 else f"{s // 60} min {s % 60} s" if s < 6000 else f"{s // 3600} h {s % 3600 // 60} min"
+
+
+def curve_svg(
+    curves: dict[str, tuple[list, list]],   # name → steps and losses
+    steps: int = 1,                         # where the horizontal axis ends at least
+    wide: int = 640,
+    high: int = 240,
+) -> str:
+    "Losses by step, drawn in the page's own colours; nothing while there are none."
+    values = [y for _, ys in curves.values() for y in ys if math.isfinite(y)]
+    if not values: return ""
+    low, top, last = min(values), max(values), max([steps, *(x for xs, _ in curves.values() for x in xs)])
+    low, top = low - 0.05 * (top - low or 1), top + 0.05 * (top - low or 1)
+    at = lambda x, y: (48 + (wide - 60) * x / last, 12 + (high - 44) * (top - y) / (top - low))
+    lines = [f'<text x="{wide / 2}" y="{high - 2}" text-anchor="middle">step</text>', f'<text x="48" y="{high - 16}" text-anchor="middle">0</text>', f'<text x="{wide - 12}" y="{high - 16}" text-anchor="end">{last:,}</text>']
+    for k in range(4):
+        y = low + (top - low) * k / 3
+        lines.append(f'<line x1="48" x2="{wide - 12}" y1="{at(0, y)[1]:.1f}" y2="{at(0, y)[1]:.1f}" stroke="currentColor" opacity=".2"/><text x="42" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    for k, ((name, (xs, ys)), colour) in enumerate(zip(curves.items(), COLOURS)):
+        dots = [at(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
+        lines.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in dots)}" fill="none" stroke="{colour}" stroke-width="2"/>' + "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in (dots if len(dots) < 60 else dots[-1:])))
+        lines.append(f'<text x="{wide - 16}" y="{24 + 16 * k}" text-anchor="end" style="fill:{colour}">{escape(name)}{f" {ys[-1]:.3g}" if ys else ""}</text>')
+    return f'<svg viewBox="0 0 {wide} {high}" style="max-width:{wide}px;width:100%;font:12px sans-serif;fill:currentColor" role="img" aria-label="loss by step">{"".join(lines)}</svg>'
 
 
 class RunView:
