@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'CorporaList', 'CorporaShow', 'CorporaFetch', 'file_documents', 'consecutive_pieces', 'PretrainOptions',
            'Pretrain', 'streamed_text', 'Generate', 'FinetuneCommand', 'EvaluateCommand', 'QuantizeCommand',
-           'MergeCommand', 'PlanCommand', 'SiteCommand', 'NotebooksRun', 'NotebooksCheck', 'Bench', 'Runs', 'JobsList',
-           'JobsWatch', 'JobsStop', 'JobsResume', 'StudioCommand', 'Corpora', 'Notebooks', 'Jobs', 'main']
+           'MergeCommand', 'ExportCommand', 'SamplesCommand', 'PlanCommand', 'SiteCommand', 'NotebooksRun',
+           'NotebooksCheck', 'Bench', 'Runs', 'JobsList', 'JobsWatch', 'JobsStop', 'JobsResume', 'StudioCommand',
+           'Corpora', 'Notebooks', 'Jobs', 'main']
 
 # %% ../nbs/A3_cli.ipynb #a4415d2b
 import json
@@ -417,6 +418,42 @@ class MergeCommand:
         model = merge_adapter(self.source, self.out, self.base)
         print(f"{sum(p.numel() for p in model.parameters()):,} weights, whole, are in {self.out}")
 
+# %% ../nbs/A3_cli.ipynb #729f7262
+@dataclass
+class ExportCommand:
+    """Write a run's best model for other programs: an adapter for peft, or the whole for transformers, with a model card.
+
+    Examples:
+    llmbook export runs/questions models/questions
+    llmbook export runs/questions models/questions.zip --kind merged --archive
+    llmbook export smollm2-135m-instruct models/smollm2
+    """
+    source: tyro.conf.Positional[str]  # a run's folder; or a base, for adapters to stand on
+    out: tyro.conf.Positional[Path]  # the folder to make, or the zip
+    kind: Literal["adapter", "merged"] = "adapter"  # of a run: the weights that were trained, or the whole model
+    archive: bool = False           # one zip in place of a folder
+
+    def run(self):
+        from llmbook.export import export_base, export_run
+        from llmbook.job_folder import SPEC
+        made = export_run(Path(self.source), self.out, self.kind, self.archive) if (Path(self.source) / SPEC).is_file() else export_base(self.source, self.out, self.archive)
+        print(f"{self.out.with_name(made.name)} is made" + "; its README.md says how to load it" * (not self.archive and (made / "README.md").exists()))
+
+# %% ../nbs/A3_cli.ipynb #e327d6ab
+@dataclass
+class SamplesCommand:
+    """Write files of examples to begin with, and broken ones to learn from what is said of them.
+
+    Example: llmbook samples files
+    """
+    folder: tyro.conf.Positional[Path]  # where they go; made if it isn't there
+
+    def run(self):
+        from llmbook.export import SAMPLES, write_samples
+        written = write_samples(self.folder)
+        for path in written[:len(SAMPLES)]: print(f"{path}: {SAMPLES[path.name][0]}")
+        print(f"{len(written) - len(SAMPLES)} broken ones are in {written[-1].parent}; try: llmbook finetune --data {written[-1]} --out runs/refused")
+
 # %% ../nbs/A3_cli.ipynb #f1aafd29
 def _decoder_named(name: str):
     "A decoder of the sizing chapter by words of its name; BookError lists the candidates."
@@ -644,7 +681,7 @@ class StudioCommand:
         from llmbook.serving import serve
         serve(self.root, self.port, self.browser, self.host)
 
-# %% ../nbs/A3_cli.ipynb #2410d227
+# %% ../nbs/A3_cli.ipynb #4d82482f
 _sub = tyro.conf.subcommand
 _Corpora = Union[Annotated[CorporaList, _sub("list")], Annotated[CorporaShow, _sub("show")], Annotated[CorporaFetch, _sub("fetch")]]
 
@@ -670,7 +707,7 @@ class Jobs:
     def run(self): self.action.run()
 
 COMMANDS = Union[Annotated[Corpora, _sub("corpora")], Annotated[Pretrain, _sub("pretrain")], Annotated[Generate, _sub("generate")],
-                 Annotated[FinetuneCommand, _sub("finetune")], Annotated[EvaluateCommand, _sub("evaluate")], Annotated[QuantizeCommand, _sub("quantize")], Annotated[MergeCommand, _sub("merge")], Annotated[SiteCommand, _sub("site")], Annotated[Notebooks, _sub("notebooks")], Annotated[Bench, _sub("bench")], Annotated[Runs, _sub("runs")],
+                 Annotated[FinetuneCommand, _sub("finetune")], Annotated[EvaluateCommand, _sub("evaluate")], Annotated[QuantizeCommand, _sub("quantize")], Annotated[MergeCommand, _sub("merge")], Annotated[ExportCommand, _sub("export")], Annotated[SamplesCommand, _sub("samples")], Annotated[SiteCommand, _sub("site")], Annotated[Notebooks, _sub("notebooks")], Annotated[Bench, _sub("bench")], Annotated[Runs, _sub("runs")],
                  Annotated[Jobs, _sub("jobs")], Annotated[StudioCommand, _sub("studio")],
                  Annotated[PlanCommand, _sub("plan")]]
 
