@@ -6,9 +6,10 @@
 __all__ = ['CELL', 'TEMPLATE', 'LARGEST', 'PATIENCE', 'EXTENSIONS', 'Door', 'write_page', 'settings', 'rule_in_front',
            'page_server', 'listening', 'is_private', 'address', 'show', 'serve']
 
-# %% ../nbs/10e_serving.ipynb #8df6af14
+# %% ../nbs/10e_serving.ipynb #e2b86b07
 import ipaddress
 import json
+import logging
 import secrets
 import socket
 import sys
@@ -50,7 +51,7 @@ class Door:
         if not known: return "Open the address that `llmbook studio` has printed: it ends in a token, without which nothing is served."
         return ""
 
-# %% ../nbs/10e_serving.ipynb #7da63445
+# %% ../nbs/10e_serving.ipynb #cb8154c4
 CELL = """import os
 os.chdir({here!r})
 from pathlib import Path
@@ -58,11 +59,11 @@ from llmbook.studio import Studio
 Studio(Path({root!r}))"""
 
 TEMPLATE = """{% extends "voila/templates/lab/index.html.j2" %}
+{% set voila_process = "() => window.update_loading_text(0, 0, 'Opening the studio …')" %}
 {% block notebook_css %}
 {% import "spinner.macro.html.j2" as spinner %}
 {{ resources.include_js("static/voila-style.js") }}
 {{ spinner.css() }}
-<style>.jp-mod-noOutputs.jp-mod-noInput { display: none } body { overflow-y: scroll }</style>
 {{ super.super() }}
 {% endblock %}
 """
@@ -102,7 +103,7 @@ def settings(
     if sys.platform == "linux" and len(str(folder)) < 40: c.KernelManager.transport = "ipc"   # a socket's path has at most 107 letters
     return c
 
-# %% ../nbs/10e_serving.ipynb #12fbb52d
+# %% ../nbs/10e_serving.ipynb #34b0c225
 def rule_in_front(
     server,         # Voilà's application
     door: Door,
@@ -147,6 +148,7 @@ def page_server(
         def init_handlers(self): return [rule_in_front(self, door), *super().init_handlers()]
 
         def listen(self):
+            logging.getLogger("tornado.general").setLevel(logging.ERROR)    # it would tell each reader about two of Voilà's own settings
             HTTPServer(self.app).add_sockets([listens])
             self.ioloop = IOLoop.current()
             self.ioloop.call_later(0, ready)
