@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from .corpora import BookError, documents, synthetic_documents, write_stream
 from .launch import launch
 
-# %% ../nbs/A4_benchmarks.ipynb #efc6fd14
+# %% ../nbs/A4_benchmarks.ipynb #8686455e
 @dataclass(frozen=True)
 class Case:
     "One task, done by the book and by the library that one would take instead."
@@ -41,6 +41,11 @@ class Case:
     goal: float         # the book's speed divided by the library's should be at least this
     prepare: Callable   # () -> (book's, library's, units a call, notes): functions without arguments, a number, a dict
     ranks: int = 0      # above 0: prepared and timed in so many processes, a call lasting as long as on the slowest of them
+
+def _wait_for_gpu():
+    "A GPU may still work when a call has returned."
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized(): torch.cuda.synchronize()
 
 def interleaved(
     ours: Callable,     # the book's doing
@@ -54,6 +59,7 @@ def interleaved(
         for doing, seconds in zip((ours, theirs), times):
             start = time.perf_counter()
             doing()
+            _wait_for_gpu()
             if turn: seconds.append(time.perf_counter() - start)
             on_call()
     return times
@@ -139,15 +145,15 @@ def bpe_encode_first():
              "merging each different word once, s": _seconds(lambda: [book.encode(w) for w in new])}
     return lambda: fresh().encode(text), lambda: rust.encode(text), len(text.encode()) / 1e6, notes
 
-# %% ../nbs/A4_benchmarks.ipynb #42adac32
+# %% ../nbs/A4_benchmarks.ipynb #12eafc28
 def _book_loop(precision: str):
     "The Trainer's loop around a GPT of ten million parameters."
     import torch
 
     from llmbook.gpt import GPT, GPTConfig
-    from llmbook.loop import Loop, TrainConfig
+    from llmbook.loop import Loop, TrainConfig, find_device
     torch.manual_seed(0)
-    model = GPT(GPTConfig.gpt2(vocab_size=4096, context=256, n_layer=7, n_head=5, n_embd=320))
+    model = GPT(GPTConfig.gpt2(vocab_size=4096, context=256, n_layer=7, n_head=5, n_embd=320)).to(find_device())
     stream = write_stream(Path(tempfile.mkdtemp()) / "s", synthetic_documents(4000), lambda d: list(d.encode()), 256, 4096, progress=False)
     return Loop(model, TrainConfig(steps=1000, batch_size=8, context=256, precision=precision), stream)
 
@@ -160,9 +166,10 @@ def _gpt2(c):
 def _gpt2_step(model_config, tokens: int):
     "One step of transformers' GPT-2 of the same shape, as its documentation writes it."
     import torch
-    c, model = model_config, _gpt2(model_config)
+    from llmbook.loop import find_device
+    c, model = model_config, _gpt2(model_config).to(find_device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ids = torch.randint(0, 256, (tokens // c.context, c.context))  # (B, T)
+    ids = torch.randint(0, 256, (tokens // c.context, c.context), device=find_device())  # (B, T)
 
     def step():
         model(ids, labels=ids).loss.backward()
@@ -175,7 +182,7 @@ def _peak_share(loop, precision: str, step_seconds: float) -> dict:
     import torch
 
     from llmbook.sizing import matmul_peak, training_flops
-    peak = matmul_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
+    peak = matmul_peak(torch.bfloat16 if precision == "bf16" else torch.float32, device=loop.device)
     rate = loop.config.tokens_per_step * training_flops(loop.model.config, loop.config.context) / step_seconds
     return {f"{precision}: tokens/s": round(loop.config.tokens_per_step / step_seconds), f"{precision}: GFLOP/s": round(rate / 1e9), f"{precision}: share of the matrix product's peak": round(rate / peak, 2)}
 
@@ -191,7 +198,7 @@ def train_step():
     notes["parameters"] = sum(p.numel() for p in loop.model.parameters())
     return loop.train_step, _gpt2_step(loop.model.config, loop.config.tokens_per_step), loop.config.tokens_per_step, {"the book's precision": fastest} | notes
 
-# %% ../nbs/A4_benchmarks.ipynb #5e2d17e6
+# %% ../nbs/A4_benchmarks.ipynb #b4b8a056
 def _timed(spent: list[float], function: Callable) -> Callable:
     "The same function, which also notes how long it took."
     def call(*args, **kwargs):
@@ -230,7 +237,7 @@ def trainer():
     model, folder = _gpt2(c), tempfile.mkdtemp()
 
     def theirs():
-        settings = TrainingArguments(output_dir=folder, max_steps=4, per_device_train_batch_size=loop.config.batch_size, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True)
+        settings = TrainingArguments(output_dir=folder, max_steps=4, per_device_train_batch_size=loop.config.batch_size, use_cpu=loop.device.type == "cpu", save_strategy="no", report_to=[], disable_tqdm=True)
         with contextlib.redirect_stdout(io.StringIO()): Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in rows]).train()
     return _book_trainer(loop, notes), theirs, 4 * loop.config.tokens_per_step, notes
 
@@ -624,7 +631,7 @@ def qlora_step():
     notes |= _two_peaks({"the book": "_book_qlora()", "peft": "_peft_qlora()"})
     return ours, theirs, 512, notes
 
-# %% ../nbs/A4_benchmarks.ipynb #2dd68d01
+# %% ../nbs/A4_benchmarks.ipynb #2f82f2c3
 CASES = {case.name: case for case in (
     Case("bpe-train", "train byte-level BPE, vocabulary 8,192", "tokenizers", "MB", 1 / 1.5, bpe_train),
     Case("bpe-encode", "encode a document of 5 MB", "tokenizers", "MB", 5.0, bpe_encode),
@@ -654,7 +661,8 @@ def _version(package: str) -> str:
 def machine() -> dict:
     "What the times depend on."
     import torch
-    return {"python": platform.python_version(), "processor": platform.machine(), "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
+    gpu = {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"python": platform.python_version(), "processor": platform.machine(), **gpu, "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
             **{p: _version(p) for p in ("llmbook", "torch", "tokenizers", "transformers", "sentencepiece", "regex", "bitsandbytes")}}
 
 # %% ../nbs/A4_benchmarks.ipynb #4800c4b0

@@ -291,7 +291,7 @@ class RowTrainer(Trainer):
             row |= {"tokens": before + self.seen, "tokens_per_s": round(row["tokens_per_s"] * self.seen / self.config.tokens_per_step, 1)}
         super().record(row)
 
-# %% ../nbs/06b_classifying.ipynb #cf8108b3
+# %% ../nbs/06b_classifying.ipynb #1a49f009
 def rows_config(
     train: Rows,            # to learn from
     valid: Rows,            # to choose by
@@ -313,11 +313,12 @@ def predict(
     batch: int = 64,        # texts at a time
 ) -> torch.Tensor:          # (N, K) probabilities, in the order of the rows
     "What a classifier says about each text."
-    was, order, out = model.training, np.argsort(rows.lengths, kind="stable"), torch.empty(len(rows.ids), len(model.labels))
+    was, device = model.training, next(model.parameters()).device
+    order, out = np.argsort(rows.lengths, kind="stable"), torch.empty(len(rows.ids), len(model.labels))
     model.eval()
     for picked in np.split(order, range(batch, len(order), batch)):
         inputs = rows.batch(picked)
-        out[torch.from_numpy(picked)] = model(inputs["ids"], inputs["mask"]).float().softmax(-1)
+        out[torch.from_numpy(picked)] = model(inputs["ids"].to(device), inputs["mask"].to(device)).float().softmax(-1).cpu()
     model.train(was)
     return out
 

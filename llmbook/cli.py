@@ -110,7 +110,7 @@ def consecutive_pieces(
         have += len(line)
     return ["".join(lines) for lines in out if lines]
 
-# %% ../nbs/A3_cli.ipynb #0c2725d2
+# %% ../nbs/A3_cli.ipynb #bc77f119
 @dataclass
 class PretrainOptions:
     "What a run is made of: text, shape, steps and the mesh that carries them."
@@ -134,6 +134,7 @@ class PretrainOptions:
     mesh: str | None = None         # train on several processes, as dp=2,pp=2,tp=2; see the chapter on the engine
     micro_batches: int | None = None  # on a mesh: parts of a replica's batch; none: one for each stage
     recompute: bool = False         # keep layers' inputs only, and compute the rest twice
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU, if there is one
 
     def texts(self):
         "The documents in three parts."
@@ -149,7 +150,7 @@ class PretrainOptions:
 
     def check_given(self):
         "BookError for options that say what another one decides."
-        free = ("run_dir", "recipe", "mesh", "micro_batches", *["recompute"] * bool(self.mesh))
+        free = ("run_dir", "recipe", "mesh", "micro_batches", "device", *["recompute"] * bool(self.mesh))
         if self.micro_batches and not self.mesh: raise BookError("--micro-batches belongs to a mesh: add --mesh dp=1, or leave it out.")
         if given := [f"--{f.name.replace('_', '-')}" for f in fields(self) if f.name not in free and getattr(self, f.name) != f.default and self.recipe]:
             raise BookError(f"The recipe {self.recipe} decides {' and '.join(given)} itself: leave {'it' if len(given) == 1 else 'them'} out, or leave out --recipe.")
@@ -164,11 +165,12 @@ class PretrainOptions:
         import torch
 
         from llmbook.gpt import GPT, GPTConfig
+        from llmbook.loop import find_device
         torch.manual_seed(self.seed)
         make = GPTConfig.gpt2 if self.family == "gpt2" else GPTConfig.llama
-        return GPT(make(vocab_size=tokenizer.vocab_size, context=self.context, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd))
+        return GPT(make(vocab_size=tokenizer.vocab_size, context=self.context, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)).to(find_device("cpu" if self.mesh else self.device))     # a mesh's ranks move their parts themselves
 
-# %% ../nbs/A3_cli.ipynb #d702235a
+# %% ../nbs/A3_cli.ipynb #a6c8e749
 @dataclass
 class Pretrain(PretrainOptions):
     """Train a tokenizer and a model on text, into one folder; the same command again resumes.
@@ -204,7 +206,7 @@ class Pretrain(PretrainOptions):
         from llmbook.pretraining import prepare, recipe_named, recipe_trainer
         recipe = alone(lambda: recipe_named(self.recipe))
         alone(lambda: prepare(recipe, self.run_dir / "data") and None)
-        run = recipe_trainer(recipe, self.run_dir, make=trainer)
+        run = recipe_trainer(recipe, self.run_dir, make=trainer, device="cpu" if self.mesh else self.device)
         seen = [row for row in run.fit() if "valid_loss" in row]
         alone(lambda: print(f"held-out loss {seen[-1]['valid_loss']:.3f} nats a target ({run.objective.name}); the model is in {self.run_dir / 'model'}"))
 
@@ -230,7 +232,7 @@ def streamed_text(
         shown = len(text)
     if rest := decode(have)[shown:]: yield rest
 
-# %% ../nbs/A3_cli.ipynb #775be318
+# %% ../nbs/A3_cli.ipynb #8dfc902c
 @dataclass
 class Generate:
     """Continue a text, or talk to a chat model.
@@ -248,6 +250,7 @@ class Generate:
     top_k: int | None = 50          # choose among so many
     top_p: float | None = None      # choose among the fewest that reach this probability
     seed: int | None = None         # the same seed gives the same text
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU, if there is one
 
     def answer(self, model, tokenizer, text: str, stop: list[int]) -> str:
         "Print a continuation as it comes, and give it back."
@@ -271,8 +274,9 @@ class Generate:
     def run(self):
         if self.prompt is None and not self.chat: raise BookError("There is nothing to continue: give a text with --prompt, or talk with --chat.")
         from llmbook.gpt import GPT
+        from llmbook.loop import find_device
         from llmbook.pretrained import pretrained_tokenizer
-        model, tokenizer = GPT.from_pretrained(self.model), pretrained_tokenizer(self.model)
+        model, tokenizer = GPT.from_pretrained(self.model).to(find_device(self.device)), pretrained_tokenizer(self.model)
         if self.chat: return self.converse(_questions() if self.prompt is None else iter([self.prompt]), model, tokenizer)
         print(self.prompt, end="", flush=True)
         self.answer(model, tokenizer, self.prompt, [i for s, i in tokenizer.special.items() if s == "<|endoftext|>"])
@@ -286,7 +290,7 @@ def _questions() -> Iterator[str]:
         if not line: return
         yield line
 
-# %% ../nbs/A3_cli.ipynb #335363d1
+# %% ../nbs/A3_cli.ipynb #e6dc8b93
 def _options(pairs: Sequence[str]) -> dict:
     "Options of a method, written as name=value."
     out = {}
@@ -327,6 +331,7 @@ class FinetuneCommand:
     optimizer: Literal["adamw", "paged-adamw"] = "adamw"  # paged: its state is in a file that the system may move out of memory
     recompute: bool = False         # keep layers' inputs only, and compute the rest twice
     seed: int = 0                   # of order, dropout and fresh weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU, if there is one
     detach: bool = False            # in a process of its own, after the runs that were started before it in the same folder
 
     def run(self):
@@ -336,7 +341,7 @@ class FinetuneCommand:
         data = read_task(self.data, repair=self.repair)
         print(f"{self.data}: {data!r}")
         for note in data.notes[:10]: print(f"  {note}")
-        plan = Plan(self.base, self.method, self.epochs, self.batch_size, self.lr, self.length, self.share, self.rehearse, self.rehearsed, self.balance, self.precision, self.seed, _options(self.option))
+        plan = Plan(self.base, self.method, self.epochs, self.batch_size, self.lr, self.length, self.share, self.rehearse, self.rehearsed, self.balance, self.precision, self.seed, _options(self.option), self.device)
         given = dict(valid=self.valid, repair=self.repair, accumulate=self.accumulate, optimizer=self.optimizer, recompute=self.recompute)
         if self.detach:
             now = start(plan, self.data, self.out, **given)
@@ -347,7 +352,7 @@ class FinetuneCommand:
         print(f"held-out loss {seen[0]['valid_loss']:.3f} before, {min(r['valid_loss'] for r in seen):.3f} at best; the model is in {self.out / 'best'}")
         print(f"try: llmbook evaluate {self.out} --data ANOTHER-FILE")
 
-# %% ../nbs/A3_cli.ipynb #f4ea918c
+# %% ../nbs/A3_cli.ipynb #f5df98d6
 @dataclass
 class EvaluateCommand:
     """Judge a fine-tuned model on a file of examples, with 95 % intervals; a base by its name gives the numbers before.
@@ -359,12 +364,13 @@ class EvaluateCommand:
     model: tyro.conf.Positional[str]  # a run's folder, or a base
     data: Path                      # JSON, JSON Lines or CSV
     most: int | None = None         # rows at most
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU, if there is one
     json: bool = False              # print JSON instead of text
 
     def run(self):
         from llmbook.finetuning import evaluate
         from llmbook.task_data import read_task
-        found = evaluate(self.model, read_task(self.data), self.most)
+        found = evaluate(self.model, read_task(self.data), self.most, self.device)
         if self.json: return print(json.dumps(found, indent=1, ensure_ascii=False))
         for name, (value, low, high) in ((k, v) for k, v in found.items() if k not in ("confusion", "labels")): print(f"{name:<11} {value:8.4f}   95 % of resamples: {low:.4f} to {high:.4f}")
         if "labels" not in found: return

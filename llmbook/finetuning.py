@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'FULL', 'AnswerRows', 'answer_loss', 'AnswerTrainer', 'Met
            'put_together', 'old_text', 'fine_tuner', 'finetune', 'card', 'answer_nats', 'ratio', 'answer_scores',
            'label_scores', 'open_run', 'evaluate', 'asked_prompt', 'answers', 'Forgetting', 'passage_questions']
 
-# %% ../nbs/06c_finetuning.ipynb #a8ca39bb
+# %% ../nbs/06c_finetuning.ipynb #5d939d65
 import hashlib
 import importlib
 import json
@@ -30,7 +30,7 @@ from .corpora import BookError, documents
 from .corpora import rows as corpus_rows
 from .examples import TEMPLATES, Example, class_weights, encode_pieces, encode_task, template_for
 from .gpt import GPT
-from .loop import Callback
+from .loop import Callback, find_device
 from .metrics import TokenScores, bootstrap, class_scores, confusion_matrix, perplexity, redraw_confusion
 from .objectives import IGNORE
 from .pretrained import pretrained_tokenizer
@@ -135,7 +135,7 @@ def load_whole(folder: Path, base: str) -> nn.Module:
 
 FULL = register(Method("full", "all weights move", 5e-5, all_weights, load_whole))
 
-# %% ../nbs/06c_finetuning.ipynb #3d4e6845
+# %% ../nbs/06c_finetuning.ipynb #a8c75c45
 @dataclass
 class Plan:
     "What one fine-tuning run does."
@@ -152,6 +152,7 @@ class Plan:
     precision: str = "auto"         # as in `TrainConfig`
     seed: int = 0                   # of order, dropout and fresh weights
     options: dict = field(default_factory=dict)  # of the method
+    device: str = "cpu"             # cpu, cuda, or auto: a GPU, if there is one
 
 
 def dealt(data: TaskData, share: float) -> tuple[TaskData, TaskData]:
@@ -174,7 +175,7 @@ def asked_key(row: Row) -> str:
     if "messages" in d: d["messages"] = d["messages"][:-1]
     return json.dumps(d, sort_keys=True)
 
-# %% ../nbs/06c_finetuning.ipynb #15cccbe8
+# %% ../nbs/06c_finetuning.ipynb #66abbc00
 @dataclass
 class Prepared:
     "What a plan and a file lead to."
@@ -187,11 +188,12 @@ class Prepared:
 
 def base_model(plan: Plan, labels: list[str]) -> tuple[nn.Module, Tokenizer]:
     "The pretrained model with the head that the rows ask for."
+    device = find_device(plan.device)
     body, tokenizer = load_body(plan.base)
     torch.manual_seed(plan.seed)
-    if labels: return Classifier(body, labels), tokenizer
+    if labels: return Classifier(body, labels).to(device), tokenizer
     if not isinstance(body, GPT): raise BookError(f"{plan.base} reads texts but writes none, and these rows ask for answers: choose a decoder such as tiny-gpt, or give rows with a text and a label.")
-    return body, tokenizer
+    return body.to(device), tokenizer
 
 
 def task_rows(data: TaskData, task: dict, tokenizer: Tokenizer, old: np.ndarray | None = None, share: float = 0.0) -> Rows:
@@ -222,7 +224,7 @@ def put_together(plan: Plan, data: TaskData, valid: TaskData | None = None) -> P
     parts = (data, valid) if valid is not None else dealt(data, plan.share)
     old = old_text(documents(plan.rehearse), tokenizer) if plan.rehearse else None
     train, held = task_rows(parts[0], task, tokenizer, old, plan.rehearsed if plan.rehearse and not data.labels else 0.0), task_rows(parts[1], task, tokenizer)
-    if plan.balance and data.labels: plain.weights = class_weights(np.bincount(train.targets, minlength=len(data.labels))).float()
+    if plan.balance and data.labels: plain.weights = class_weights(np.bincount(train.targets, minlength=len(data.labels))).float().to(find_device(plan.device))
     train.settings = {**train.settings, **{k: task[k] for k in ("base", "method", "options")}}
     if hasattr(model, "base_hash"): train.settings["base_hash"], model.base_name = model.base_hash, str(plan.base)
     return Prepared(model, tokenizer, train, held, task)
@@ -280,7 +282,7 @@ def card(plan: Plan, trainer: RowTrainer) -> str:
                       "| " + " | ".join(["step", *names]) + " |", "|" + " --: |" * (len(names) + 1), *map(line, seen), "", f"Plan: `{json.dumps(asdict(plan), default=str)}`", "",
                       "It was judged on rows like those it learned from, and on nothing else.", ""])
 
-# %% ../nbs/06c_finetuning.ipynb #f5b16be6
+# %% ../nbs/06c_finetuning.ipynb #717d1136
 @torch.no_grad()
 def answer_nats(
     model: nn.Module,       # a decoder
@@ -288,13 +290,13 @@ def answer_nats(
     batch: int = 8,         # at a time
 ) -> torch.Tensor:          # (N, 3): nats, tokens, tokens guessed rightly
     "What each example's answer costs."
-    out, was = torch.zeros(len(rows.ids), 3, dtype=torch.float64), model.training
+    out, was, device = torch.zeros(len(rows.ids), 3, dtype=torch.float64), model.training, next(model.parameters()).device
     model.eval()
     for picked in np.split(order := np.argsort(rows.lengths, kind="stable"), range(batch, len(order), batch)):
         inputs = rows.batch(picked)
-        logits, targets = model.scored(**inputs)
+        logits, targets = (t.float().cpu() if t.is_floating_point() else t.cpu() for t in model.scored(**{k: t.to(device) for k, t in inputs.items()}))
         row = (inputs["targets"] != IGNORE).nonzero()[:, 0]     # which example each asked place belongs to
-        nats = F.cross_entropy(logits.float(), targets, reduction="none").double()
+        nats = F.cross_entropy(logits, targets, reduction="none").double()
         for k, values in enumerate((nats, torch.ones_like(nats), (logits.argmax(-1) == targets).double())): out[torch.from_numpy(picked), k] = torch.zeros(len(picked), dtype=torch.float64).index_add(0, row, values)
     model.train(was)
     return out
@@ -321,9 +323,10 @@ def label_scores(probabilities: torch.Tensor, rows: LabelledRows) -> dict:
     return {"loss": bootstrap(lambda x: x.mean(1), nats), "accuracy": bootstrap(lambda x: x.mean(1), (probabilities.argmax(-1) == truth).float()),
             "macro_f1": (class_scores(table, "macro").f1.item(), *drawn), "confusion": table.tolist()}
 
-# %% ../nbs/06c_finetuning.ipynb #4fba4fab
+# %% ../nbs/06c_finetuning.ipynb #856fa303
 def open_run(
     name: str | Path,   # a run's folder, or the name of a base
+    device: str = "cpu",    # cpu, cuda, or auto: a GPU, if there is one
 ) -> tuple[nn.Module, Tokenizer, dict]:
     "The best model of a run, its tokenizer, and how it reads rows; or a base as it is."
     folder = Path(name)
@@ -332,8 +335,8 @@ def open_run(
         try: task = json.loads((folder / "task.json").read_text())
         except (OSError, ValueError): task = None
         if best is None or not task: raise BookError(f"The run in {folder} isn't finished or its task.json is damaged: give the command that began it again.")
-        return method_named(task["method"]).load(best, task["base"]).eval(), pretrained_tokenizer(best), task
-    model, tokenizer = base_model(Plan(base=str(name)), [])
+        return method_named(task["method"]).load(best, task["base"]).to(find_device(device)).eval(), pretrained_tokenizer(best), task
+    model, tokenizer = base_model(Plan(base=str(name), device=device), [])
     return model.eval(), tokenizer, {"format": "", "labels": [], "length": min(256, model.config.context)}
 
 
@@ -341,9 +344,10 @@ def evaluate(
     run: str | Path,        # a run's folder, or the name of a base
     data: TaskData,         # rows to judge by
     most: int | None = None,  # rows at most, the first ones
+    device: str = "cpu",    # cpu, cuda, or auto: a GPU, if there is one
 ) -> dict:                  # metric → (value, low, high); labelled rows: also the confusion matrix and the labels
     "Judge a fine-tuned model, or a base before it is fine-tuned. BookError if the rows are of another kind than it was trained on."
-    model, tokenizer, task = open_run(run)
+    model, tokenizer, task = open_run(run, device)
     if bool(task["labels"]) != bool(data.labels): raise BookError(f"{run} was made for {'labels' if task['labels'] else 'answers'}, and these rows have {'labels' if data.labels else 'answers'}: give rows of its own kind.")
     rows = task_rows(part_of(data, range(len(data.rows[:most]))), {**task, "format": data.format}, tokenizer)
     if not data.labels: return answer_scores(answer_nats(model, rows))
@@ -370,7 +374,7 @@ def answers(
         out.append(tokenizer.decode(model.generate(prompt, min(most, model.config.context - len(prompt)), temperature=0, stop=end)).strip())
     return out
 
-# %% ../nbs/06c_finetuning.ipynb #7f0bc523
+# %% ../nbs/06c_finetuning.ipynb #e2f1f21b
 class Forgetting(Callback):
     "At each evaluation, the loss on the base's own kind of text: a line with `old_loss` in the log."
 
@@ -390,7 +394,7 @@ class Forgetting(Callback):
         "Nats a token, without dropout."
         scores, was = TokenScores(), model.training
         model.eval()
-        for part in self.windows.split(self.batch): scores.add(*model.scored(part[:, :-1], part[:, 1:]))
+        for part in self.windows.to(next(model.parameters()).device).split(self.batch): scores.add(*model.scored(part[:, :-1], part[:, 1:]))
         model.train(was)
         return scores.value["loss"]
 

@@ -114,10 +114,10 @@ def filter_logits(
         logits = logits.index_fill(0, order[p.cumsum(0) - p >= top_p], float("-inf"))
     return logits
 
-# %% ../nbs/02b_gpt.ipynb #75950d0a
+# %% ../nbs/02b_gpt.ipynb #8de29154
 class Decoder(nn.Module):
     "A decoder of the GPT-2 or the Llama family (Radford et al. 2019; Touvron et al. 2023): tokens in, logits and loss out."
-    SLICE = 1 << 24   # logits that are kept at once in `loss`
+    SLICE = 1 << 24   # logits that are kept at once in `loss`; a GPU, which has the room and needs larger work, keeps sixteen times as many
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         if targets.shape != ids.shape: raise BookError(f"The targets have the shape {tuple(targets.shape)}, and the ids {tuple(ids.shape)}: give one target a token.")
         x, targets = self.hidden(ids, documents=documents).flatten(0, 1), targets.flatten()      # (B·T, C), (B·T,)
         part = lambda x, y: F.cross_entropy(self.head(x), y, ignore_index=-100, reduction="sum")
-        rows = max(1, self.SLICE // self.config.vocab_size)
+        rows = max(1, self.SLICE * (16 if x.is_cuda else 1) // self.config.vocab_size)
         if len(x) <= rows: total = part(x, targets)
         else: total = sum(checkpoint(part, a, b, use_reentrant=False) for a, b in zip(x.split(rows), targets.split(rows)))
         return total / (targets != -100).sum()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'mean_pool', 'enter', 'drawn', 'only_output', 'weighed', 'hidden', 'rotary', 'top_p', 'path', 'moments',
-           'decaying', 'rates', 'cosine_schedule', 'perplexity_of', 'macro_f1', 'dropout_facts']
+           'decaying', 'rates', 'cosine_schedule', 'perplexity_of', 'macro_f1', 'dropout_facts', 'lora', 'nf4']
 
-# %% ../nbs/A6a_mistakes.ipynb #db3cadcb
+# %% ../nbs/A6a_mistakes.ipynb #98ea0e4e
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from .attention import attention, causal_mask, rotary_tables, rotate
 from .bpe import merge_word, train_slow
@@ -22,10 +23,12 @@ from .classifying import pool
 from .corpora import BookError
 from .examples import example_of
 from .gpt import filter_logits
+from .lora import LoRAConfig, LoRALinear
 from .metrics import TokenScores, class_scores, confusion_matrix, perplexity
 from .objectives import IGNORE, cross_entropy
 from .optimizers import AdamW, Momentum, running_average, schedule
 from .pipeline_parallel import gpipe, one_f_one_b, warm_up
+from .quantization import LEVELS, absmax_int8, nearest, quantize_4bit, zero_point_int8
 from .regularization import dropout
 from .residuals import layer_norm, rms_norm
 from .unigram import viterbi
@@ -485,3 +488,81 @@ enter("mean_pool", "06b_classifying", "f(hidden, mask) → (B, C); hidden (B, T,
        "it is the first token": partial(pool, how="first"), "it is the last real token": partial(pool, how="last"),
        "it is the last token, padding or not": lambda h, m: h[:, -1],
        "it is the largest value": lambda h, m: h.masked_fill(~m[..., None], -math.inf).amax(1)}, gradients=True)
+
+# %% ../nbs/A6a_mistakes.ipynb #54337102
+def lora(
+    x: torch.Tensor,    # (…, C)
+    W: torch.Tensor,    # (D, C), the base's
+    A: torch.Tensor,    # (r, C)
+    B: torch.Tensor,    # (D, r)
+    alpha: float,       # α
+) -> torch.Tensor:      # (…, D)
+    "The chapter's layer with these matrices."
+    layer = LoRALinear(nn.Linear(*W.shape[::-1], bias=False))
+    layer.add("default", LoRAConfig(len(A), alpha))
+    layer.active.append("default")
+    return functional_call(layer, {"base.weight": W, "lora_A.default": A, "lora_B.default": B}, x)
+
+def _scaled(factor: Callable, base: float = 1.0) -> Callable:
+    "LoRA with its own factor, from α and r."
+    return lambda x, W, A, B, alpha: base * x @ W.T + factor(alpha, len(A)) * (x @ A.T @ B.T)
+
+def _low_rank(n, C, D, r, alpha): return lambda: (drawn(n, C), drawn(D, C, seed=1), drawn(r, C, seed=2), drawn(D, r, seed=3), alpha)
+
+enter("lora", "07_lora", "f(x, W, A, B, alpha) → (…, D); x (…, C), W (D, C), A (r, C), B (D, r)", lora,
+      {"rank 1": _low_rank(3, 4, 5, 1, 2.0), "rank 4, α = 6": _low_rank(2, 6, 8, 4, 6.0), "α = r": _low_rank(2, 4, 4, 4, 4.0),
+       "B is still zero": lambda: (drawn(2, 4), drawn(3, 4, seed=1), drawn(2, 4, seed=2), torch.zeros(3, 2), 4.0),
+       "a batch of texts": lambda: (drawn(2, 3, 4), *_low_rank(1, 4, 5, 2, 3.0)()[1:])},
+      {"the update is scaled by α": _scaled(lambda a, r: a), "by α/√r (rank-stabilized LoRA)": _scaled(lambda a, r: a / r**0.5),
+       "by α/r twice, with A and with B": _scaled(lambda a, r: (a / r)**2), "by 1/r": _scaled(lambda a, r: 1 / r), "it isn't scaled": _scaled(lambda a, r: 1.0),
+       "the base's answer is left out": _scaled(lambda a, r: a / r, base=0.0), "the update is left out": lambda x, W, A, B, alpha: x @ W.T,
+       "the update is taken away": _scaled(lambda a, r: -a / r),
+       "B gets no gradient": lambda x, W, A, B, alpha: lora(x, W, A, B.detach(), alpha)}, gradients=True)
+
+# %% ../nbs/A6a_mistakes.ipynb #29126873
+enter("absmax_int8", "08a_quantization", "f(x) → codes (int8), step; x ≈ codes · step, the largest magnitude is ±127", absmax_int8,
+      {"by hand": lambda: (torch.tensor([0.1, -0.4, 1.27]),), "the largest is negative": lambda: (torch.tensor([0.1, 0.3, -1.27]),), "a matrix": lambda: (drawn(5, 7),)},
+      {"the largest is 128 steps": lambda x: ((s := x.abs().max() / 128) and (x / s).round().clamp(-128, 127).to(torch.int8), s),
+       "codes are cut off, not rounded": lambda x: ((x / absmax_int8(x)[1]).to(torch.int8), absmax_int8(x)[1]),
+       "the largest number, not the largest magnitude": lambda x: ((x / (x.max() / 127)).round().clamp(-127, 127).to(torch.int8), x.max() / 127),
+       "each row has its own step": lambda x: ((s := x.abs().amax(-1, keepdim=True) / 127) is not None and (x / s).round().to(torch.int8), s),
+       "the step is turned over": lambda x: (absmax_int8(x)[0], 1 / absmax_int8(x)[1])})
+
+def _with_zero(clamped: bool = True, steps: int = 255, rounded: bool = True) -> Callable:
+    "Zero-point codes with one thing changed."
+    def fn(x):
+        low, high = (x.min().clamp(max=0), x.max().clamp(min=0)) if clamped else (x.min(), x.max())
+        step = (high - low) / steps
+        zero = (-low / step).round() if rounded else -low / step
+        return ((x / step + zero) if not rounded else (x / step).round() + zero).round().clamp(0, 255).to(torch.uint8), step, zero
+    return fn
+
+enter("zero_point_int8", "08a_quantization", "f(x) → codes (uint8), step, zero; x ≈ (codes − zero) · step, zero is a whole number from 0 to 255", zero_point_int8,
+      {"both signs": lambda: (torch.tensor([-0.3, 0.0, 0.2, 1.0]),), "all above zero": lambda: (torch.tensor([0.5, 0.9, 2.0]),), "all below zero": lambda: (torch.tensor([-3.0, -0.7]),),
+       "a matrix": lambda: (drawn(5, 7),)},
+      {"the range needn't hold zero": _with_zero(clamped=False), "256 steps": _with_zero(steps=256), "zero isn't rounded, so no code means 0.0": _with_zero(rounded=False),
+       "zero is taken as 128": lambda x: ((zero_point_int8(x)[0].float() - zero_point_int8(x)[2] + 128).clamp(0, 255).to(torch.uint8), zero_point_int8(x)[1], torch.tensor(128.0))})
+
+# %% ../nbs/A6a_mistakes.ipynb #a7429b4d
+def nf4(
+    x: torch.Tensor,    # (N,)
+    block: int,         # numbers that share a scale; N is a multiple of it
+) -> torch.Tensor:      # (N,), after the round trip
+    "The chapter's quantization, there and back."
+    return quantize_4bit(x, "nf4", block, nested=False).dequantize(native=False)
+
+def _rounded(x, block, scale=lambda rows: rows.abs().amax(1, keepdim=True), pick=nearest, levels=LEVELS["nf4"]) -> torch.Tensor:
+    "NF4 with one thing changed."
+    rows = x.view(-1, block)
+    s = scale(rows)
+    return (levels[pick((rows / s.clamp(min=1e-38)).clamp(-1, 1), levels).long()] * s).reshape(-1)
+
+enter("nf4", "08a_quantization", "f(x, block) → (N,) after the round trip; each block is divided by its largest magnitude, and rounded to the nearest of LEVELS[\"nf4\"]", nf4,
+      {"one block": lambda: (drawn(64), 64), "blocks of different size": lambda: (torch.cat([drawn(64), 100 * drawn(64, seed=1)]), 64), "the largest is negative": lambda: (-drawn(64, seed=2).abs(), 64),
+       "a block of zeros": lambda: (torch.cat([torch.zeros(64), drawn(64, seed=3)]), 64)},
+      {"one scale for all blocks": partial(_rounded, scale=lambda rows: rows.abs().max().expand(len(rows), 1)),
+       "the largest number, not the largest magnitude": partial(_rounded, scale=lambda rows: rows.amax(1, keepdim=True)),
+       "the standard deviation is the scale": partial(_rounded, scale=lambda rows: rows.std(1, keepdim=True)),
+       "the level below, not the nearest": partial(_rounded, pick=lambda x, levels: (torch.bucketize(x, levels, right=True) - 1).clamp(min=0)),
+       "sixteen equal steps": partial(_rounded, levels=torch.linspace(-1, 1, 16)),
+       "the scale isn't put back": lambda x, block: nf4(x, block) / x.view(-1, block).abs().amax(1).clamp(min=1e-38).repeat_interleave(block)})

@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'BACKBONE', 'RUN', 'RECIPES', 'SENTENCES', 'Recipe', 'reci
            'tokens_of', 'prepared', 'prepare', 'recipe_trainer', 'hidden_word', 'same_questions', 'with_error',
            'share_right', 'parted', 'features', 'linear_probe', 'ReviewProbe', 'guesses', 'guessing_game']
 
-# %% ../nbs/03d_pretraining.ipynb #5d064e1c
+# %% ../nbs/03d_pretraining.ipynb #c5821843
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
@@ -23,7 +23,7 @@ from .bert import Bert, BertConfig, BertForPreTraining
 from .corpora import BookError, Splits, TokenStream, documents, rows, split_documents, write_stream
 from .dashboards import Choice, Dashboard, Html, Slider, Table
 from .gpt import GPT, GPTConfig
-from .loop import TrainConfig
+from .loop import TrainConfig, find_device
 from .objectives import objective
 from .tokenization import BPETokenizer, Tokenizer, load_tokenizer
 from .training import Trainer
@@ -60,7 +60,7 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES: raise BookError(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
     return RECIPES[name]
 
-# %% ../nbs/03d_pretraining.ipynb #79489820
+# %% ../nbs/03d_pretraining.ipynb #bd8a0fa1
 def build(
     recipe: Recipe,  # what to build
 ) -> nn.Module:  # with fresh weights, the same for the same seed
@@ -123,12 +123,13 @@ def recipe_trainer(
     data: Prepared | None = None,  # what is prepared already
     progress: bool = True,  # show bars
     make: Callable = Trainer,  # what trains, called as the Trainer is
+    device: str = "cpu",  # cpu, cuda, or auto: a GPU, if there is one
     **changes,  # of the run, such as steps
 ) -> Trainer:
     "The Trainer that turns the recipe into weights."
     data = data or prepare(recipe, Path(run_dir) / "data", progress)
     config = TrainConfig(**{**recipe.train, "seed": recipe.seed, **changes})
-    return make(build(recipe), config, data.train, data.valid, run_dir, data.tokenizer, progress,
+    return make(build(recipe).to(find_device(device)), config, data.train, data.valid, run_dir, data.tokenizer, progress,
                    objective(recipe.objective, data.tokenizer, **recipe.asked))
 
 # %% ../nbs/03d_pretraining.ipynb #b534cbec

@@ -61,13 +61,13 @@ def integer_levels() -> torch.Tensor:  # (16,) fp32, by code
 
 LEVELS: dict[str, torch.Tensor] = {"nf4": normal_levels(), "fp4": float_levels(), "int4": integer_levels()}
 
-# %% ../nbs/08a_quantization.ipynb #1f41e5be
+# %% ../nbs/08a_quantization.ipynb #0f990f76
 def nearest(
     x: torch.Tensor,       # numbers from -1 to 1
     levels: torch.Tensor,  # (16,), in any order
 ) -> torch.Tensor:         # uint8, the shape of x
     "The code of the nearest level; of two equally near ones, the lower."
-    levels, order = levels.sort()
+    levels, order = levels.sort(stable=True)    # FP4 has two zeros
     code = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     for middle in ((levels[:-1] + levels[1:]) / 2).tolist(): code += x > middle
     return code if torch.equal(order, torch.arange(16, device=x.device)) else order.to(torch.uint8)[code.int()]

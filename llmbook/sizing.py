@@ -387,14 +387,15 @@ def training_cost(
     "Price of the training at the device's price per hour."
     return training_seconds(config, tokens, device, **how) / 3600 * device.price
 
-# %% ../nbs/02e_sizing.ipynb #04924e89
+# %% ../nbs/02e_sizing.ipynb #c74490a6
 def matmul_peak(
     dtype: torch.dtype = torch.float32,  # of the matrices
     seconds: float = 1.0,  # how long to try
-    size: int = 1024,  # rows and columns
+    size: int | None = None,  # rows and columns; None: 1024, or 8192 on a GPU, which is not busy with less
     device: str = "cpu",  # where
 ) -> float:  # FLOP/s
     "The best rate at which this machine multiplies square matrices, measured."
+    size = size or (1024 if torch.device(device).type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     best, out, end = 0.0, torch.empty_like(a), time.perf_counter() + seconds

@@ -132,7 +132,7 @@ def later(module: str):
         if e.name != f"llmbook.{module}": raise
         return None
 
-# %% ../nbs/10d1_studio_form.ipynb #3654c05c
+# %% ../nbs/10d1_studio_form.ipynb #c83d0f6e
 class BaseSection(Section):
     "Which model is to learn."
     title, about = "1. Base model", "The model that learns from your examples. Begin with a small one: it shows in minutes whether the file is right."
@@ -158,7 +158,7 @@ class BaseSection(Section):
         self.facts, self.told.value = facts, facts.html
         self.page.changed()
 
-
+# %% ../nbs/10d1_studio_form.ipynb #205b56f5
 class DataSection(Section):
     "Which examples it learns from."
     title, about = "2. Examples", f"A JSON, JSON Lines or CSV file with prompt and completion, instruction and output, messages, or text and label in each row; up to {LARGEST / 1e6:.0f} MB through the browser, larger ones by their path."

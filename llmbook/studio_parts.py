@@ -168,7 +168,7 @@ def look(
         said.append(f"{token_boxes(ids, [False] * len(ids), facts.tokenizer)}<p>{len(ids):,} tokens; the label <b>{escape(show_name(row.label))}</b> is learned.</p>")
     return "".join(said)
 
-# %% ../nbs/10d0_studio_parts.ipynb #2d495806
+# %% ../nbs/10d0_studio_parts.ipynb #852583d0
 @dataclass(frozen=True)
 class Setting:
     "One thing that may be changed before a run."
@@ -186,7 +186,7 @@ SETTINGS = (
     Setting("lr", "Learning rate", "How far a step moves; too high and the loss jumps, too low and nothing is learned.", float, "the method's own"),
     Setting("length", "Tokens a row", "What is longer is cut at the beginning of its prompt; memory and time grow with it.", int, "256, or what the model can read"),
     Setting("share", "Held-out share", "Rows that the model never learns from; by them the best state is chosen.", float, "0.1"),
-    Setting("seed", "Seed", "The same seed, file and settings give the same model, to the last bit.", int, "0"),
+    Setting("seed", "Seed", "The same seed, file and settings give the same model.", int, "0"),
     Setting("rank", "Rank", "Width of the update beside each matrix; a higher one can learn more and is larger.", int, "8", ("lora", "qlora")),
     Setting("tokens", "Virtual tokens", "Learned vectors in front of every text; each takes one place of what the model can read.", int, "16", ("prompt", "prefix")))
 METHOD_WORDS = {"full": "Full: every weight moves. Learns most, takes most memory, and the result is as large as the model.",

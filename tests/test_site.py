@@ -26,19 +26,27 @@ def test_copies_for_language_models(site):
         assert '"pool":' not in copy.read_text()
 
 
-@pytest.mark.parametrize("scheme, width", [("light", 390), ("dark", 1400)])
-def test_every_page_opens_without_a_fault(site, visit, scheme, width):
-    "Colours don't depend on the width, nor the layout on the scheme, so two visits see both of each."
+def brightness(page) -> list[float]:
+    "Of the text and of what is behind it."
+    colours = page.evaluate("[getComputedStyle(document.querySelector('main p')).color, getComputedStyle(document.body).backgroundColor]")
+    return [sum(map(float, c[c.index("(") + 1:-1].split(",")[:3])) for c in colours]
+
+
+@pytest.mark.parametrize("pages", [PAGES[::2], PAGES[1::2]], ids=["even", "odd"])
+def test_every_page_opens_without_a_fault(site, visit, pages):
+    "Each page on a narrow light screen, which then becomes a wide dark one."
     _, base = site
-    v = visit(base, color_scheme=scheme, viewport={"width": width, "height": 900})
-    for name in PAGES:
+    v = visit(base, color_scheme="light", viewport={"width": 390, "height": 900})
+    for name in pages:
+        v.page.emulate_media(color_scheme="light"), v.page.set_viewport_size({"width": 390, "height": 900})
         page = v.open(f"{name}.html")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the window"
         for el in page.locator(".llmbook-plot").all(): el.locator(".main-svg").first.wait_for(state="attached", timeout=15_000)
+        for scheme, width in (("light", 390), ("dark", 1400)):
+            page.emulate_media(color_scheme=scheme), page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than a window of {width}"
+            ink, paper = brightness(page)
+            assert (ink > paper) == (scheme == "dark"), f"{name}: {ink} on {paper} in {scheme}"
         assert page.locator("span.math:not(:has(math))").count() == 0
-        ink, paper = page.evaluate("[getComputedStyle(document.querySelector('main p')).color, getComputedStyle(document.body).backgroundColor]")
-        bright = [sum(map(float, c[c.index("(") + 1:-1].split(",")[:3])) for c in (ink, paper)]
-        assert (bright[0] > bright[1]) == (scheme == "dark"), f"{name}: {ink} on {paper}"
     assert v.faults == []
 
 
