@@ -26,10 +26,10 @@ CELL = "import subprocess; worker = subprocess.Popen(['sleep', '300'], start_new
 
 
 class Server:
-    "The studio's server in a process of its own, with a page of one cell in the studio's place."
+    "The studio's server in a process of its own; with a page of one cell in the studio's place, or the studio's."
 
-    def __init__(self, folder: Path, *, cell: str = CELL, host: str = "127.0.0.1", **env):
-        code = f"import llmbook.serving as s; s.CELL = {cell!r}; s.serve({str(folder / 'runs')!r}, 0, {'BROWSER' in env}, {host!r})"
+    def __init__(self, folder: Path, *, cell: str | None = CELL, host: str = "127.0.0.1", **env):
+        code = f"import llmbook.serving as s; s.CELL = {cell!r} or s.CELL; s.serve({str(folder / 'runs')!r}, 0, {'BROWSER' in env}, {host!r})"
         self.folder, self.said, self.workers = folder, [], []
         with open(folder / "server.log", "w") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "TMPDIR": str(folder), **env})
