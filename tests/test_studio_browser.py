@@ -1,10 +1,8 @@
 """The studio's page in a real browser, served by `llmbook studio` and in JupyterLab: from a file to an answer, and whatever may be killed or smuggled in on the way."""
-import itertools
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +191,120 @@ def test_from_a_file_to_an_answer(studio, reviews, tmp_path):
         return studio.open()
     from_file_to_answer(reader, reopen, reviews, studio.root, tmp_path)
     assert studio.faults() == []
+
+
+FOLDER = EVIL.replace("/", "∕")     # the same for a file system
+
+
+def test_nothing_that_is_typed_or_sent_becomes_a_part_of_the_page(studio, tmp_path):
+    "Markup in rows, labels, keys, names of files, bases and runs, settings and questions is shown as text: no dialog, no script, no element; and no name leads out of the folder of the runs."
+    small_base(tmp_path / "bases" / FOLDER)
+    reader = studio.open()
+    dialogs = []
+    reader.page.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
+    before = reader.page.locator(".studio script, .studio img").count()
+    reader.choose("Model", "another")
+    reader.write("Folder or id", EVIL)
+    reader.see("<script>")
+    reader.write("Folder or id", str(tmp_path / "bases" / FOLDER))
+    reader.see("parameters, reads")
+    labels = [{"text": f"{i} {EVIL}", "label": EVIL if i % 2 else "other"} for i in range(24)]
+    texts = [{"prompt": f"{i} {EVIL}", "completion": f" {EVIL}"} for i in range(24)]
+    for name, rows_, said in ((f"../../{FOLDER}.json", [{"prompt": EVIL, "completion": 3}, {EVIL: EVIL}, EVIL], r"\d faults"), ("labels.json", labels, "24 sound rows"), (f"../{FOLDER}.json", texts, "completion.*24 sound rows")):
+        reader.give({"name": name, "mimeType": "application/json", "buffer": json.dumps(rows_).encode()})
+        reader.see(said)
+    reader.write("Epochs", EVIL)
+    reader.page.locator(".studio .studio-fault").get_by_text("<script>").first.wait_for()
+    for label, text in (("Epochs", "1"), ("Tokens a row", "64"), ("Name of the run", f"../../{EVIL}")): reader.write(label, text)
+    reader.press("Start")
+    reader.wait_for(lambda: reader.page.get_by_label("Runs", exact=True).locator("option").count() and reader.run()[0] == "finished", "finished")
+    reader.answer(EVIL)
+    assert EVIL in reader.page.locator(".studio-turn").first.inner_text()
+    reader.write("Your own", EVIL)
+    for name in ("Ask both", "Compare on held-out rows", "Show me the code"): reader.press(name)
+    reader.see("finetune")
+    reader.wait_for(lambda: not reader.page.get_by_text("Both models answer …").count(), "both answers")
+    assert reader.page.evaluate("[window.hit ?? 0, [...document.querySelectorAll('.studio b')].filter(b => b.textContent == 'bold').length]") == [0, 0]
+    assert reader.page.locator(".studio script, .studio img").count() == before and dialogs == [] and studio.faults() == []
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("llmbook-")} == {"bases", "runs", "server.log"} and [p.name for p in studio.root.glob("*/job.json")] == ["job.json"]
+
+
+def test_a_large_file_is_answered_and_the_page_goes_on(studio):
+    "30 MB come through, to be told that they are too much; the next file is read."
+    reader = studio.open()
+    line = json.dumps({"prompt": "x" * 1000, "completion": " y"}) + "\n"
+    for n, said in ((30_000_000 // len(line), f"{LARGEST / 1e6:,.1f} MB at most"), (20, "20 sound rows")):
+        reader.give({"name": f"{n}.jsonl", "mimeType": "application/json", "buffer": (line * n).encode()})
+        reader.see(said)
+    assert studio.faults() == []
+
+
+KINDS = ("kernel", "server", "training")
+
+
+def kill_at_random(studio, reader, kind: str, rng: random.Random) -> Reader:
+    "Kill something at a random moment, look whether the state that is told is true, open the page again, and let a lost run go on."
+    time.sleep(rng.random())
+    run = studio.root / "long"
+    pids = {"kernel": studio.server.kernels(), "server": [studio.server.process.pid], "training": [read_json(run / LOCK)["pid"]]}[kind]
+    for pid in pids: os.kill(pid, signal.SIGKILL)
+    assert pids and gone(pids)
+    assert status(run).state == ("lost" if kind == "training" else "running"), kind
+    if kind == "server":
+        assert studio.server.process.wait(10) and gone(studio.server.kernels()), "kernels find out"
+        studio.up()
+    if kind != "training": reader = studio.open()
+    reader.wait_for(lambda: reader.run()[0] == status(run).state, "the truth")
+    if kind == "training":
+        reader.press("Resume")
+        reader.wait_for(lambda: reader.run()[0] == "running", "resumed")
+    return reader
+
+
+def killed_and_whole(studio, folder: Path, kinds):
+    "Kill things while a run trains; let it end, and compare with a run that nobody disturbed."
+    base, rng = small_base(folder / "base"), random.Random(0)
+    data = folder / "rows.json"
+    data.write_text(json.dumps([{"prompt": f"The {('cat', 'dog')[i % 2]} number {i} says", "completion": (" meow", " woof")[i % 2]} for i in range(24)]))
+    reader = studio.open()
+    reader.choose("Model", "another")
+    reader.write("Folder or id", str(base))
+    reader.see("parameters, reads")
+    reader.give(data)
+    reader.see("24 sound rows")
+    epochs = 60 + 240 * len(kinds)
+    for label, text in (("Epochs", str(epochs)), ("Tokens a row", "64"), ("Name of the run", "long")): reader.write(label, text)
+    reader.press("Start")
+    reader.wait_for(lambda: reader.points() > 1, "a curve")
+    for kind in kinds: reader = kill_at_random(studio, reader, kind, rng)
+    reader.wait_for(lambda: reader.run()[0] == "finished", "finished", 600)
+    spec = read_json(studio.root / "long" / "job.json")
+    run_here(Plan(**spec["plan"]), data, folder / "undisturbed", progress=False, **spec["settings"])
+    one, other = (load_file(f / "model" / "model.safetensors") for f in (studio.root / "long", folder / "undisturbed"))
+    assert one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one), "bit for bit"
+
+
+def test_killed_at_random_a_run_stays_true_and_whole(studio, tmp_path):
+    "A kernel, a server and the training itself, each once."
+    killed_and_whole(studio, tmp_path, KINDS)
+
+
+@pytest.mark.slow
+def test_killed_at_random_twenty_times(studio, tmp_path): killed_and_whole(studio, tmp_path, random.Random(1).choices(KINDS, k=20))
+
+
+@pytest.mark.slow
+def test_the_same_in_jupyterlab(lab, visit, reviews, tmp_path):  # noqa: F811
+    "The page in a notebook; opened again, its cell is run again."
+    cell = {"cell_type": "code", "id": "studio", "execution_count": None, "metadata": {}, "outputs": [], "source": f"from pathlib import Path\nfrom llmbook.studio import Studio\nStudio(Path({str(tmp_path / 'runs')!r}))"}
+    book = {"cells": [cell], "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    request = urllib.request.Request(f"{lab}api/contents/studio.ipynb", json.dumps({"type": "notebook", "content": book}).encode(), method="PUT")
+    assert urllib.request.urlopen(request).status == 201
+
+    def opened() -> Reader: return Reader(open_and_run(visit(lab), lab, "studio", cells=1)).ready()
+    reader = opened()
+
+    def reopen():
+        reader.page.close()
+        return opened()
+    from_file_to_answer(reader, reopen, reviews, tmp_path / "runs", tmp_path)
