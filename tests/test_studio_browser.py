@@ -149,6 +149,7 @@ class Page:
 
     def __init__(self, folder: Path, visit):
         self.folder, self.root, self.visit = folder, folder / "runs", visit
+        folder.mkdir()
         self.up()
 
     def up(self): self.server = Server(self.folder, cell=None)
@@ -168,7 +169,7 @@ class Page:
 
 @pytest.fixture
 def studio(tmp_path, visit):
-    page = Page(tmp_path, visit)
+    page = Page(tmp_path / "served", visit)
     yield page
     page.server.clean()
     for lock in page.root.glob(f"*/{LOCK}"): end_run(lock.parent)
@@ -226,7 +227,7 @@ def test_nothing_that_is_typed_or_sent_becomes_a_part_of_the_page(studio, tmp_pa
     reader.wait_for(lambda: not reader.page.get_by_text("Both models answer …").count(), "both answers")
     assert reader.page.evaluate("[window.hit ?? 0, [...document.querySelectorAll('.studio b')].filter(b => b.textContent == 'bold').length]") == [0, 0]
     assert reader.page.locator(".studio script, .studio img").count() == before and dialogs == [] and studio.faults() == []
-    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("llmbook-")} == {"bases", "runs", "server.log"} and [p.name for p in studio.root.glob("*/job.json")] == ["job.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"bases", "served"} and [p.name for p in studio.root.glob("*/job.json")] == ["job.json"]
 
 
 def test_a_large_file_is_answered_and_the_page_goes_on(studio):
