@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['OPEN', 'RunsSection', 'CompareSection', 'ChatSection', 'ExportSection', 'packed', 'Studio']
 
-# %% ../nbs/10d_studio.ipynb #3445b915
+# %% ../nbs/10d_studio.ipynb #c55cd46d
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 import ipywidgets as w
 
 from . import jobs
+from .corpora import BookError
 from .dashboards import Table, has_kernel
 from .finetuning import open_run
 from .job_folder import ENDED, SPEC, Status, read_json, status
@@ -127,7 +127,7 @@ class CompareSection(Section):
             return [{"": name, "says": ([*speak(v, line)] or [""])[-1].strip()} for name, v in (("base", self.page.voice(tuned.task["base"])), ("tuned", tuned))]
         self.think("Both models answer …", job, lambda rows: setattr(self.own, "value", Table(rows).html))
 
-# %% ../nbs/10d_studio.ipynb #ee05fee4
+# %% ../nbs/10d_studio.ipynb #67cc9a92
 class ChatSection(Section):
     "A conversation with the tuned model."
     title, about = "7. Talk to it", "The tuned model answers, word by word; a model of labels names the likeliest ones."
@@ -153,7 +153,7 @@ class ChatSection(Section):
     def send(self):
         "Ask, and show each token as it comes."
         folder, text, most, heat, before = self.page.runs.folder(), self.text.value, self.most.value, self.heat.value, list(self.turns)
-        line = asked_row("", text)     # refuses an empty text before anything is shown
+        asked_row("", text)     # refuses an empty text before anything is shown
         self.halt = halt = threading.Event()
         self.turns, self.text.value = [*before, ("user", text)], ""
         turns = self.turns

@@ -67,10 +67,10 @@ class Thinker:
 
     def close(self): self.jobs.put(None)
 
-# %% ../nbs/10d1_studio_form.ipynb #97400f70
+# %% ../nbs/10d1_studio_form.ipynb #efebdca2
 STYLE = """<style>.studio{max-width:1000px}.studio h3{margin:.9em 0 .1em}.studio p{margin:.25em 0;line-height:1.4}.studio table{border-collapse:collapse;margin:.4em 0}
 .studio th{white-space:nowrap!important}.studio th,.studio td{text-align:left;padding:2px 10px 2px 0;border-bottom:1px solid #8884;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
-.studio .studio-fault{color:#c62828;font-weight:600;white-space:pre-wrap}.studio .studio-about{opacity:.75}.studio pre,.studio .studio-turn{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
+.studio td,.studio pre{line-height:1.35!important}.studio pre{font-family:monospace}.studio a{color:#0072b2;text-decoration:underline}.studio .studio-fault{color:#d32f2f;font-weight:600;white-space:pre-wrap}.studio .studio-about{opacity:.75}.studio pre,.studio .studio-turn{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
 .studio svg{display:block}.studio .widget-text,.studio .widget-dropdown,.studio .widget-select{width:auto}.studio .widget-label{min-width:130px}</style>"""
 FAULTS = "studio.log"   # in the studio's folder: what isn't for the reader
 
@@ -234,7 +234,7 @@ class PreviewSection(Section):
         data, asked = judged.mended if judged.mended is not None else judged.seen.data, self.asked
         if data.labels or facts.writes: self.think("Cutting into tokens …", lambda: look(data, facts, length), lambda html: setattr(self.told, "value", html) if asked == self.asked else None)
 
-# %% ../nbs/10d1_studio_form.ipynb #e470a483
+# %% ../nbs/10d1_studio_form.ipynb #bab3157e
 def estimate_html(e) -> str:
     "What a run will take, as an `Estimate` says it."
     parts = " + ".join(f"{escape(str(part))} {mb:,.0f}" for part, mb in e.parts.items())
@@ -302,12 +302,11 @@ def begin(plan: Plan, data: TaskData, judged: Judged, root: Path, name: str) -> 
     module = later("estimate")
     expected = module.estimate(plan, data) if module else None
     folder = jobs.new_folder(root, name)
-    try: started = jobs.start(plan, judged.raw, folder, name=judged.called, repair=judged.mended is not None)
+    if expected: write_atomic(folder / "estimate.json", json.dumps({k: getattr(expected, k) for k in ("memory_mb", "seconds", "trainable")}).encode())
+    try: return jobs.start(plan, judged.raw, folder, name=judged.called, repair=judged.mended is not None)
     except BaseException:
         if not (folder / SPEC).exists(): shutil.rmtree(folder, ignore_errors=True)
         raise
-    if expected: write_atomic(folder / "estimate.json", json.dumps({k: getattr(expected, k) for k in ("memory_mb", "seconds", "trainable")}).encode())
-    return started
 
 # %% ../nbs/10d1_studio_form.ipynb #06f3861e
 class Form:

@@ -8,7 +8,7 @@ __all__ = ['FAMILIES', 'LARGEST', 'WORDS', 'SETTINGS', 'METHOD_WORDS', 'shelf', 
            'check_fit', 'duration', 'curve_svg', 'RunView', 'Voice', 'asked_row', 'speak', 'label_chances', 'held_out',
            'scores', 'before_after']
 
-# %% ../nbs/10d0_studio_parts.ipynb #1fd8fb99
+# %% ../nbs/10d0_studio_parts.ipynb #bea1474f
 import base64
 import math
 import threading
@@ -23,7 +23,7 @@ from torch import nn
 
 from .classifying import LabelledRows, edges, load_body, padded, predict, read_kind
 from .corpora import CATALOGUE, BookError, entry_folder
-from .dashboards import COLOURS, Html, Table
+from .dashboards import COLOURS, Table
 from .examples import preview, token_boxes
 from .finetuning import Plan, answer_nats, answer_scores, answers, asked_prompt, dealt, label_scores, method_named, part_of, task_rows
 from .gpt import GPT

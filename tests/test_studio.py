@@ -7,11 +7,9 @@ import random
 import re
 import shutil
 import threading
-import time
 from collections import Counter
 from datetime import datetime
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import ipywidgets as w
@@ -26,7 +24,21 @@ from llmbook.finetuning import Plan
 from llmbook.job_folder import ENDED, SPEC, held, read_json, status
 from llmbook.studio import Studio
 from llmbook.studio_form import FAULTS, Thinker
-from llmbook.studio_parts import LARGEST, SETTINGS, RunView, asked_row, corrected_name, curve_svg, duration, judge, judge_path, judged_html, model_facts, number, plan_of
+from llmbook.studio_parts import (
+    LARGEST,
+    SETTINGS,
+    RunView,
+    asked_row,
+    corrected_name,
+    curve_svg,
+    duration,
+    judge,
+    judge_path,
+    judged_html,
+    model_facts,
+    number,
+    plan_of,
+)
 from llmbook.task_data import damage, read_task
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
@@ -100,7 +112,7 @@ def ready(page, base, rows=ROWS, method="full", name="rows.jsonl", **typed):
     choose(page, base)
     upload(page, rows if isinstance(rows, bytes) else jsonl(rows), name)
     page.settings.method.value = method
-    for key, text in {**dict(epochs="1", lr="1e-3", share="0.25"), **typed}.items(): page.settings.fields[key].value = text
+    for key, text in {"epochs": "1", "lr": "1e-3", "share": "0.25", **typed}.items(): page.settings.fields[key].value = text
     page.settle()
 
 
@@ -113,14 +125,20 @@ def start(page):
 # Files
 
 @pytest.fixture(scope="module")
-def counting(base, tmp_path_factory):
-    "A page with a model whose runs are only counted."
-    page, began, real = Studio(tmp_path_factory.mktemp("counting")), [], jobs.start
-    jobs.start = lambda plan, raw, folder, name, repair: began.append((raw, repair))
+def patient(base, tmp_path_factory):
+    "A page with a model, for many files."
+    page = Studio(tmp_path_factory.mktemp("counting"))
     choose(page, base)
-    yield page, began
-    jobs.start = real
+    yield page
     page.close()
+
+
+@pytest.fixture
+def counting(patient, monkeypatch):
+    "That page, and what it would have started."
+    began = []
+    monkeypatch.setattr(jobs, "start", lambda plan, raw, folder, name, repair: began.append((raw, repair)))
+    return patient, began
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -195,7 +213,7 @@ def test_names_cannot_leave_the_runs_folder(opened, base, here, name, tmp_path):
     before = {p for p in tmp_path.iterdir()}
     assert "fault" not in start(page)
     (run,) = jobs.list_jobs(page.root)
-    assert run.path.parent == page.root and run.state == "finished" and {p.name for p in run.path.iterdir()} >= {"data.jsonl", SPEC}
+    assert run.path.parent == page.root and run.state == "finished" and re.fullmatch(r"data\.(json|jsonl|csv|txt)", read_json(run.path / SPEC)["data"]["file"])
     assert {p for p in tmp_path.iterdir()} == before and {p.name for p in page.root.iterdir()} - {".jobs.lock"} == {run.name}
     assert re.fullmatch(r"[\w-]+-corrected\.(json|jsonl|csv|txt)", corrected_name(name))
     harmless(page)
@@ -204,11 +222,14 @@ def test_names_cannot_leave_the_runs_folder(opened, base, here, name, tmp_path):
 def test_hostile_texts_are_only_text(opened, base, here):
     page = opened()
     rows = [{"prompt": f"{EVIL} {i}", "completion": f" {EVIL}"} for i in range(16)]
-    ready(page, base, rows, length="60")
-    assert "&lt;script" in page.preview.told.value
+    ready(page, base, rows)
+    assert "this example is left out" in page.preview.told.value
+    page.base.choice.value = "tiny-gpt"
+    page.settle()
+    assert "&lt;" in page.preview.told.value
     start(page)
-    assert page.runs.now.state == "finished", page.settings.shown
     page.tick(0)
+    assert page.runs.now.state == "finished", page.settings.shown
     assert "&lt;script" in page.runs.samples.value
     page.compare.compare()
     page.settle()
@@ -218,9 +239,22 @@ def test_hostile_texts_are_only_text(opened, base, here):
     assert "&lt;script" in page.compare.told.value and "&lt;script" in page.chat.told.value and page.compare.own.value
     harmless(page)
     for section in page.sections: section.say(EVIL, fault=True); section.fault(RuntimeError(EVIL))
-    page.base.other.value = EVIL
+    page.base.choice.value, page.base.other.value = "other", EVIL
     page.settle()
     assert page.base.facts is None and page.base.shown
+    harmless(page)
+
+
+def test_samples_to_begin_with(opened):
+    page = opened()
+    page.data.samples()
+    page.settle()
+    names = dict(page.data.sample.options)
+    assert len(names) > 3 and page.data.sample.layout.display == ""
+    for name in [n for n in names if names[n]]:
+        page.data.sample.value = names[name]
+        page.settle()
+        assert bool(page.data.judged.seen.faults) == name.startswith("broken"), name
     harmless(page)
 
 
@@ -266,7 +300,7 @@ def test_numbers_that_cannot_be_used(name, text):
 def test_empty_fields_are_the_plans_own():
     for method in ("full", "lora", "qlora", "prompt", "prefix"):
         assert plan_of("tiny-gpt", method, {}) == plan_of("tiny-gpt", method, {s.name: " " for s in SETTINGS}) == Plan("tiny-gpt", method)
-    typed = dict(epochs="2", batch_size=" 4 ", lr="1e-4", length="64", share=".2", seed="7", rank="3", tokens="5")
+    typed = {"epochs": "2", "batch_size": " 4 ", "lr": "1e-4", "length": "64", "share": ".2", "seed": "7", "rank": "3", "tokens": "5"}
     assert plan_of("x", "lora", typed) == Plan("x", "lora", 2.0, 4, 1e-4, 64, 0.2, seed=7, options={"rank": 3})
     assert plan_of("x", "prefix", typed).options == {"tokens": 5} and plan_of("x", "full", typed).options == {}
     assert number(SETTINGS[0], "") is None
@@ -337,7 +371,7 @@ def test_the_list_keeps_what_was_chosen(opened, base, here):
     page.tick(0)
     assert page.runs.view is None and page.runs.curve.value == "" and page.runs.told.value == ""
     for press in (page.runs.stop, page.runs.resume, page.compare.compare, page.compare.ask, page.chat.send): press()
-    assert all("no run yet" in s.shown for s in (page.runs, page.compare, page.chat))
+    assert ["no run yet" in s.shown for s in (page.runs, page.compare, page.chat)] == [True] * 3, [s.shown for s in (page.runs, page.compare, page.chat)]
 
 
 def test_a_run_that_is_not_finished_cannot_be_asked(opened, base):
@@ -423,7 +457,7 @@ def test_labels_are_named_with_their_probabilities(opened, here):
     page.base.choice.value = "tiny-bert"
     upload(page, b"text,label\n" + b"".join(f"the {c} film {i},{c}\n".encode() for i in range(16) for c in ("good", "bad")), "films.csv")
     page.settings.method.value = "full"
-    for key, text in dict(epochs="2", lr="1e-3", share="0.3").items(): page.settings.fields[key].value = text
+    for key, text in {"epochs": "2", "lr": "1e-3", "share": "0.3"}.items(): page.settings.fields[key].value = text
     start(page)
     page.compare.compare()
     page.chat.text.value = page.compare.prompt.value = "the good film 99"
@@ -513,4 +547,3 @@ def test_what_a_judge_shows_is_bounded():
 
 def test_imports_that_are_not_there():
     assert studio_form.later("no_such_module") is None and studio_form.later("jobs") is jobs
-    assert Path(studio_form.__file__).exists() and time
