@@ -19,7 +19,7 @@ from test_serving import Server, gone
 
 from llmbook.corpora import rows
 from llmbook.finetuning import Plan
-from llmbook.job_folder import LOCK, read_json, status
+from llmbook.job_folder import LOCK, SPEC, read_json, status
 from llmbook.jobs import run_here
 from llmbook.studio_parts import LARGEST
 
@@ -119,7 +119,7 @@ def elsewhere(archive: Path, words: str, folder: Path) -> str:
 
 def from_file_to_answer(reader: Reader, reopen, file: Path, root: Path, aside: Path):
     "Train, close the page, find the run still going, stop, resume, finish, talk, take away."
-    reader.start("tiny-gpt", file, Epochs="5", Learning_rate="0.01", Name_of_the_run="reviews")
+    reader.start("tiny-gpt", file, Epochs="3", Learning_rate="0.02", Name_of_the_run="reviews")
     seen = reader.wait_for(reader.points, "a curve")
     reader.wait_for(lambda: reader.points() > seen, "a curve that moves")
     at = reader.run()[1]
@@ -131,7 +131,7 @@ def from_file_to_answer(reader: Reader, reopen, file: Path, root: Path, aside: P
     assert status(root / "reviews").state == "stopped"
     reader.press("Resume")
     reader.wait_for(lambda: reader.run()[0] == "finished", "finished")
-    assert status(root / "reviews").step == 115
+    assert status(root / "reviews").step == 69
     words = json.loads(file.read_text())[0]["prompt"]
     said = reader.answer(words)
     assert said in ("fresh", "rotten"), said
@@ -198,12 +198,15 @@ FOLDER = EVIL.replace("/", "∕")     # the same for a file system
 
 
 def test_nothing_that_is_typed_or_sent_becomes_a_part_of_the_page(studio, tmp_path):
-    "Markup in rows, labels, keys, names of files, bases and runs, settings and questions is shown as text: no dialog, no script, no element; and no name leads out of the folder of the runs."
+    "Markup in rows, labels, keys, names of files, bases and runs, settings and questions is shown as text: no dialog, no script, no element; no name leads out of the folder of the runs; and 30 MB come through, to be told that they are too much."
     small_base(tmp_path / "bases" / FOLDER, context=256)
     reader = studio.open()
     dialogs = []
     reader.page.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
     before = reader.page.locator(".studio script, .studio img").count()
+    line = json.dumps({"prompt": "x" * 1000, "completion": " y"}) + "\n"
+    reader.give({"name": "large.jsonl", "mimeType": "application/json", "buffer": (line * (30_000_000 // len(line))).encode()})
+    reader.see(f"{LARGEST / 1e6:,.1f} MB at most")
     reader.choose("Model", "another")
     reader.write("Folder or id", EVIL)
     reader.see("<script>")
@@ -230,42 +233,34 @@ def test_nothing_that_is_typed_or_sent_becomes_a_part_of_the_page(studio, tmp_pa
     assert {p.name for p in tmp_path.iterdir()} == {"bases", "served"} and [p.name for p in studio.root.glob("*/job.json")] == ["job.json"]
 
 
-def test_a_large_file_is_answered_and_the_page_goes_on(studio):
-    "30 MB come through, to be told that they are too much; the next file is read."
-    reader = studio.open()
-    line = json.dumps({"prompt": "x" * 1000, "completion": " y"}) + "\n"
-    for n, said in ((30_000_000 // len(line), f"{LARGEST / 1e6:,.1f} MB at most"), (20, "20 sound rows")):
-        reader.give({"name": f"{n}.jsonl", "mimeType": "application/json", "buffer": (line * n).encode()})
-        reader.see(said)
-    assert studio.faults() == []
-
-
-KINDS = ("kernel", "server", "training")
-
-
-def kill_at_random(studio, reader, kind: str, rng: random.Random) -> Reader:
-    "Kill something at a random moment, look whether the state that is told is true, open the page again, and let a lost run go on."
-    time.sleep(rng.random())
+def victims(studio, kind: str) -> list[int]:
     run = studio.root / "long"
-    pids = {"kernel": studio.server.kernels(), "server": [studio.server.process.pid], "training": [read_json(run / LOCK)["pid"]]}[kind]
+    assert kind != "training" or status(run).state == "running"
+    return {"kernel": studio.server.kernels(), "server": [studio.server.process.pid], "training": [read_json(run / LOCK).get("pid")]}[kind]
+
+
+def kill_at_random(studio, reader, kinds: tuple[str, ...], rng: random.Random) -> Reader:
+    "Kill at a random moment, look whether the state that is told is true, open the page again, and let a lost run go on."
+    time.sleep(rng.random())
+    run, pids = studio.root / "long", [pid for kind in kinds for pid in victims(studio, kind)]
     for pid in pids: os.kill(pid, signal.SIGKILL)
-    assert pids and gone(pids)
-    assert status(run).state == ("lost" if kind == "training" else "running"), kind
-    if kind == "server":
+    assert len(pids) == len(kinds) and gone(pids)
+    truth = "lost" if "training" in kinds else "running"
+    reader.wait_for(lambda: status(run).state == truth, truth, 5)   # a killed process's last threads take a moment to go
+    if "server" in kinds:
         assert studio.server.process.wait(10) and gone(studio.server.kernels()), "kernels find out"
         studio.up()
-    if kind != "training": reader = studio.open()
+    if kinds != ("training",): reader = studio.open()
     reader.wait_for(lambda: reader.run()[0] == status(run).state, "the truth")
-    if kind == "training":
+    if "training" in kinds:
         reader.press("Resume")
-        reader.wait_for(lambda: reader.run()[0] == "running", "resumed")
+        reader.wait_for(lambda: reader.run()[0] == "running" and status(run).state == "running", "resumed")
     return reader
 
 
-def killed_and_whole(studio, folder: Path, kinds):
+def killed_and_whole(studio, folder: Path, rounds: list[tuple[str, ...]]):
     "Kill things while a run trains; let it end, and compare with a run that nobody disturbed."
-    base, rng = small_base(folder / "base"), random.Random(0)
-    data = folder / "rows.json"
+    base, rng, data = small_base(folder / "base"), random.Random(0), folder / "rows.json"
     data.write_text(json.dumps([{"prompt": f"The {('cat', 'dog')[i % 2]} number {i} says", "completion": (" meow", " woof")[i % 2]} for i in range(24)]))
     reader = studio.open()
     reader.choose("Model", "another")
@@ -273,25 +268,22 @@ def killed_and_whole(studio, folder: Path, kinds):
     reader.see("parameters, reads")
     reader.give(data)
     reader.see("24 sound rows")
-    epochs = 60 + 240 * len(kinds)
-    for label, text in (("Epochs", str(epochs)), ("Tokens a row", "64"), ("Name of the run", "long")): reader.write(label, text)
+    for label, text in (("Epochs", str(100 + 250 * len(rounds))), ("Tokens a row", "64"), ("Name of the run", "long")): reader.write(label, text)
     reader.press("Start")
     reader.wait_for(lambda: reader.points() > 1, "a curve")
-    for kind in kinds: reader = kill_at_random(studio, reader, kind, rng)
+    for kinds in rounds: reader = kill_at_random(studio, reader, kinds, rng)
     reader.wait_for(lambda: reader.run()[0] == "finished", "finished", 600)
-    spec = read_json(studio.root / "long" / "job.json")
+    spec = read_json(studio.root / "long" / SPEC)
     run_here(Plan(**spec["plan"]), data, folder / "undisturbed", progress=False, **spec["settings"])
-    one, other = (load_file(f / "model" / "model.safetensors") for f in (studio.root / "long", folder / "undisturbed"))
+    one, other = (load_file(f / "model" / "adapter_model.safetensors") for f in (studio.root / "long", folder / "undisturbed"))
     assert one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one), "bit for bit"
 
 
-def test_killed_at_random_a_run_stays_true_and_whole(studio, tmp_path):
-    "A kernel, a server and the training itself, each once."
-    killed_and_whole(studio, tmp_path, KINDS)
+def test_killed_at_random_a_run_stays_true_and_whole(studio, tmp_path): killed_and_whole(studio, tmp_path, [("kernel",), ("server", "training")])
 
 
 @pytest.mark.slow
-def test_killed_at_random_twenty_times(studio, tmp_path): killed_and_whole(studio, tmp_path, random.Random(1).choices(KINDS, k=20))
+def test_killed_at_random_twenty_times(studio, tmp_path): killed_and_whole(studio, tmp_path, random.Random(1).choices([("kernel",), ("server",), ("training",), ("kernel", "training"), ("server", "training")], k=20))
 
 
 @pytest.mark.slow
@@ -302,7 +294,7 @@ def test_the_same_in_jupyterlab(lab, visit, reviews, tmp_path):  # noqa: F811
     request = urllib.request.Request(f"{lab}api/contents/studio.ipynb", json.dumps({"type": "notebook", "content": book}).encode(), method="PUT")
     assert urllib.request.urlopen(request).status == 201
 
-    def opened() -> Reader: return Reader(open_and_run(visit(lab), lab, "studio", cells=1)).ready()
+    def opened() -> Reader: return Reader(open_and_run(visit(lab), lab, "studio", 1)).ready()
     reader = opened()
 
     def reopen():
