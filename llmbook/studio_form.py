@@ -67,10 +67,10 @@ class Thinker:
 
     def close(self): self.jobs.put(None)
 
-# %% ../nbs/10d1_studio_form.ipynb #efebdca2
+# %% ../nbs/10d1_studio_form.ipynb #652ea7e9
 STYLE = """<style>.studio{max-width:1000px}.studio h3{margin:.9em 0 .1em}.studio p{margin:.25em 0;line-height:1.4}.studio table{border-collapse:collapse;margin:.4em 0}
 .studio th{white-space:nowrap!important}.studio th,.studio td{text-align:left;padding:2px 10px 2px 0;border-bottom:1px solid #8884;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
-.studio td,.studio pre{line-height:1.35!important}.studio pre{font-family:monospace}.studio a{color:#0072b2;text-decoration:underline}.studio .studio-fault{color:#d32f2f;font-weight:600;white-space:pre-wrap}.studio .studio-about{opacity:.75}.studio pre,.studio .studio-turn{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
+.studio td,.studio pre{line-height:1.35!important}.studio pre{font-family:monospace}.studio .studio-row{margin-bottom:.8em}.studio a{color:var(--jp-content-link-color,#0072b2);text-decoration:underline}.studio .studio-fault{color:#d32f2f;font-weight:600;white-space:pre-wrap}.studio .studio-about{opacity:.75}.studio pre,.studio .studio-turn{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
 .studio svg{display:block}.studio .widget-text,.studio .widget-dropdown,.studio .widget-select{width:auto}.studio .widget-label{min-width:130px}</style>"""
 FAULTS = "studio.log"   # in the studio's folder: what isn't for the reader
 

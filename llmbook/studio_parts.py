@@ -151,7 +151,7 @@ def judged_html(
     if notes := seen.data.notes: said += ["<p>Worth knowing:</p>", fault_table(notes[:most]).html]
     return "".join(said)
 
-# %% ../nbs/10d0_studio_parts.ipynb #4338443a
+# %% ../nbs/10d0_studio_parts.ipynb #5e079298
 def look(
     data: TaskData,
     facts: ModelFacts,
@@ -160,12 +160,13 @@ def look(
 ) -> str:
     "The first rows as the model will read them: grey is read only, blue must be said."
     length = min(length or 256, facts.context)
-    if not data.labels: return "".join(preview(row, facts.tokenizer, length).html for row in data.rows[:most])
+    block = lambda html: f'<div class="studio-row">{html}</div>'
+    if not data.labels: return "".join(block(preview(row, facts.tokenizer, length).html) for row in data.rows[:most])
     first, last = edges(facts.tokenizer)
     said = []
     for row in data.rows[:most]:
         ids = [first, *facts.tokenizer.encode(row.text)[:length - 2], last]
-        said.append(f"{token_boxes(ids, [False] * len(ids), facts.tokenizer)}<p>{len(ids):,} tokens; the label <b>{escape(show_name(row.label))}</b> is learned.</p>")
+        said.append(block(f"{token_boxes(ids, [False] * len(ids), facts.tokenizer)}<p>{len(ids):,} tokens; the label <b>{escape(show_name(row.label))}</b> is learned.</p>"))
     return "".join(said)
 
 # %% ../nbs/10d0_studio_parts.ipynb #852583d0
@@ -227,7 +228,7 @@ def check_fit(plan: Plan, facts: ModelFacts, data: TaskData):
     if (plan.length or 0) > facts.context: raise BookError(f"Tokens a row: {plan.length} is more than the {facts.context} that {show_name(facts.name, 80)} can read: write a smaller number.")
     dealt(data, plan.share)
 
-# %% ../nbs/10d0_studio_parts.ipynb #629908f9
+# %% ../nbs/10d0_studio_parts.ipynb #62924998
 def duration(seconds: float | None) -> str:
     "Seconds as a person would say them."
     if seconds is None: return "–"
@@ -293,7 +294,7 @@ class RunView:
 
     def html(self, now: Status) -> str:
         "The same as a table, with the reason for the state and what the run noted."
-        notes = "".join(f"<p>{escape(e['text'])}</p>" for e in self.events if e["kind"] == "note")
+        notes = "".join(f"<p>{escape(text)}</p>" for text in dict.fromkeys(e["text"] for e in self.events if e["kind"] == "note"))     # a resumed run says some again
         why = f'<p class="{"studio-fault" if now.state in ("failed", "lost") else ""}">{escape(now.why)}</p>' if now.why else ""
         return f"<p><b>{escape(now.name)}</b></p>{Table([self.numbers(now)]).html}{why}{notes}"
 

@@ -387,7 +387,7 @@ class Watched(Kept):
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
         with torch.random.fork_rng(): self.peak = matmul_peak(kind, device=self.device)
 
-# %% ../nbs/03c_training.ipynb #7f64a3dd
+# %% ../nbs/03c_training.ipynb #adbce188
 class Recovering(Watched):
     "A watched run that knows when it may be saved, keeps its best model, and undoes what a bad batch did."
     rollbacks = 3  # to one checkpoint, before the run gives up
@@ -402,9 +402,13 @@ class Recovering(Watched):
         super().leave_out(row)
         self.resumable = None
 
+    def lowest(self) -> float:
+        "The lowest held-out loss so far, that of undone steps among them: `best` may hold their model."
+        return min((loss for row in self.history for loss in (row.get("valid_loss"), row.get("undone_best")) if loss is not None), default=math.inf)
+
     def record_evaluation(self):
         "Evaluate, record it, and keep the model if it is the best so far."
-        best = min((row["valid_loss"] for row in self.history if "valid_loss" in row), default=math.inf)
+        best = self.lowest()
         super().record_evaluation()
         seen = next(row["valid_loss"] for row in reversed(self.history) if "valid_loss" in row)
         if self.keep_best and seen < best: self.write_model(self.run_dir / "best")
@@ -413,12 +417,13 @@ class Recovering(Watched):
         "The newest checkpoint's weights, and the data from behind the bad batch on. BookError if that doesn't help."
         behind, path = self.sampler.state_dict(), self.newest()
         self.close()
-        before = [r for r in self.history[json.loads((path / "state.json").read_text())["lines"]:] if "rolled_back" in r]
+        before, best = [r for r in self.history[json.loads((path / "state.json").read_text())["lines"]:] if "rolled_back" in r], self.lowest()
         if len(before) == self.rollbacks: raise BookError(f"Step {row['step']} failed ({row['skipped']}) after {self.rollbacks} returns to {path}: lower the learning rate, or set on_fault='skip'.")
         self.restore(path)
         self.open_log()
         self.sampler.load_state_dict(behind)
-        for event in [*before, {"step": self.step, "rolled_back": row["skipped"], "from": row["step"], "batch": row["batch"]}]: self.record(event)
+        kept = {"undone_best": best} if self.keep_best and best < self.lowest() else {}
+        for event in [*before, {"step": self.step, "rolled_back": row["skipped"], "from": row["step"], "batch": row["batch"], **kept}]: self.record(event)
         self.resumable = self.moment()
         self.say(f"step {row['step']} was undone: {row['skipped']}", bar)
         bar.n = self.step

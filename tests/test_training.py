@@ -411,6 +411,21 @@ def test_rolled_back_runs_resume_exactly(data, tmp_path, stop):
     same(tmp_path / "twice", tmp_path / "straight")
 
 
+def test_the_best_of_undone_steps_stays_the_best(data, tmp_path):
+    "Step 4 is the best of all and is undone: what comes later is compared with it, and best/ keeps its weights."
+    trainer = spoil_windows(make(data, tmp_path, steps=24, on_fault="rollback", eval_every=2, checkpoint_every=3), position=24)
+    trainer.keep_best, evaluate, undone = True, trainer.evaluate, {}
+    def first_time_best():
+        seen = evaluate()
+        if trainer.step == 4 and not undone: undone.update({k: v.clone() for k, v in trainer.model.state_dict().items()}); seen["loss"] = 0.5
+        return seen
+    trainer.evaluate = first_time_best
+    event = next(row for row in trainer.fit() if "rolled_back" in row)
+    assert (event["step"], event["undone_best"]) == (3, 0.5) and trainer.lowest() == 0.5 < min(row["valid_loss"] for row in trainer.history if "valid_loss" in row)
+    best = GPT.from_pretrained(tmp_path / "best").state_dict()
+    assert all(torch.equal(best[name], undone[name]) for name in best)
+
+
 def test_rolling_back_in_vain_ends_in_a_sentence(data, tmp_path):
     with pytest.raises(BookError, match="after 3 returns to"): spoil(make(data, tmp_path, on_fault="rollback"), {7}, math.nan).fit()
 
