@@ -217,7 +217,7 @@ def test_faults_are_one_sentence(capsys, tmp_path, monkeypatch):
 
 def test_the_module_needs_no_server_to_be_imported():
     code = "import sys, llmbook.serving; print([m for m in ('voila', 'tornado', 'jupyter_server', 'torch') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
 
 
 @given(st.text(), st.text(), st.text())
