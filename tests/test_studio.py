@@ -8,7 +8,6 @@ import re
 import shutil
 import threading
 from collections import Counter
-from datetime import datetime
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -104,7 +103,7 @@ def choose(page, base):
 
 
 def upload(page, raw: bytes, name="rows.jsonl", size=None):
-    page.data.upload.value = ({"name": name, "type": "", "size": len(raw) if size is None else size, "content": memoryview(raw), "last_modified": datetime.now()},)
+    page.data.upload.file = {"name": name, "size": len(raw) if size is None else size, "content": memoryview(raw)}
     page.settle()
 
 
@@ -188,8 +187,13 @@ def test_five_thousand_injured_files(counting): injured(*counting, seed=2, n=500
 def test_size_limit_and_what_the_browser_says_of_it(opened, base, tmp_path):
     page = opened()
     choose(page, base)
-    upload(page, bytes(LARGEST + 1))
-    assert "8.0 MB, and a page takes 8.0 MB at most: give its path" in page.data.shown and page.data.judged is None
+    for raw, size in ((bytes(LARGEST + 1), None), (b"", LARGEST + 1)):     # sent all the same, or kept by the browser
+        upload(page, jsonl(ROWS))
+        upload(page, raw, size=size)
+        assert "8.0 MB, and a page takes 8.0 MB at most: give its path" in page.data.shown and page.data.judged is None and page.data.told.value == ""
+    for size in (-1, 5):
+        upload(page, b"", size=size)
+        assert "choose it again" in page.data.shown and page.data.judged is None
     upload(page, jsonl(ROWS), size=5)
     assert page.data.judged is not None, "what counts is what came"
     assert "choose a file in part 2" not in start(page) or page.data.judged
@@ -263,9 +267,9 @@ def test_another_file_leaves_nothing_of_the_last(opened, base):
     choose(page, base)
     upload(page, jsonl(ROWS).replace(b'"prompt"', b'"Prompt"'))
     page.data.repair.value = True
-    page.data.upload.value = ({"name": "a", "type": "", "size": 1, "content": memoryview(jsonl(ROWS)), "last_modified": datetime.now()},)
+    page.data.upload.file = {"name": "a", "size": 1, "content": memoryview(jsonl(ROWS))}
     assert page.data.judged is None and not page.data.repair.value and page.data.told.value == ""
-    page.data.upload.value = ({"name": "b", "type": "", "size": 1, "content": memoryview(b"nonsense"), "last_modified": datetime.now()},)
+    page.data.upload.file = {"name": "b", "size": 1, "content": memoryview(b"nonsense")}
     page.settle()
     assert page.data.judged.name == "b" and "24" not in page.data.told.value
 
