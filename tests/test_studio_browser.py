@@ -198,7 +198,7 @@ FOLDER = EVIL.replace("/", "∕")     # the same for a file system
 
 
 def test_nothing_that_is_typed_or_sent_becomes_a_part_of_the_page(studio, tmp_path):
-    "Markup in rows, labels, keys, names of files, bases and runs, settings and questions is shown as text: no dialog, no script, no element; no name leads out of the folder of the runs; and 30 MB come through, to be told that they are too much."
+    "Markup in rows, labels, keys, names of files, bases and runs, settings and questions is shown as text: no dialog, no script, no element; no name leads out of the folder of the runs; and of 30 MB it is told that they are too much."
     small_base(tmp_path / "bases" / FOLDER, context=256)
     reader = studio.open()
     dialogs = []
@@ -231,6 +231,23 @@ def test_nothing_that_is_typed_or_sent_becomes_a_part_of_the_page(studio, tmp_pa
     assert reader.page.evaluate("[window.hit ?? 0, [...document.querySelectorAll('.studio b')].filter(b => b.textContent == 'bold').length]") == [0, 0]
     assert reader.page.locator(".studio script, .studio img").count() == before and dialogs == [] and studio.faults() == []
     assert {p.name for p in tmp_path.iterdir()} == {"bases", "served"} and [p.name for p in studio.root.glob("*/job.json")] == ["job.json"]
+
+
+UPLOAD = """from ipywidgets import HTML, FileUpload, VBox
+said, upload = HTML('nothing'), FileUpload()
+upload.observe(lambda _: setattr(said, 'value', 'received: %d bytes' % upload.value[0]['size']), 'value')
+VBox([upload, said])"""
+
+
+def test_the_server_lets_large_messages_through(tmp_path, visit):
+    "30 MB at once, which tornado's own limit would answer by closing the connection."
+    server = Server(tmp_path, cell=UPLOAD)
+    page = visit(server.url.partition("?")[0]).page
+    page.goto(server.url)
+    with page.expect_file_chooser() as chooser: page.get_by_role("button", name="Upload").click()
+    chooser.value.set_files({"name": "large", "mimeType": "text/plain", "buffer": b"x" * 30_000_000})
+    page.get_by_text("received: 30000000 bytes").wait_for(timeout=60_000)
+    server.clean()
 
 
 def victims(studio, kind: str) -> list[int]:
