@@ -67,8 +67,8 @@ class Reader:
 
     def run(self) -> tuple[str, int]:
         "State and step of the first run in the list."
-        found = re.search(r": (\w+), step (\d+)", self.page.get_by_label("Runs", exact=True).locator("option").first.text_content().replace("\xa0", " "))
-        return found[1], int(found[2])
+        found = re.search(r": (\w+), step (\d+)", " ".join(self.page.get_by_label("Runs", exact=True).locator("option").all_text_contents()).replace("\xa0", " "))
+        return (found[1], int(found[2])) if found else ("none", 0)
 
     def wait_for(self, good, what: str, seconds: float = 120):
         until = time.monotonic() + seconds
@@ -119,7 +119,7 @@ def elsewhere(archive: Path, words: str, folder: Path) -> str:
 
 def from_file_to_answer(reader: Reader, reopen, file: Path, root: Path, aside: Path):
     "Train, close the page, find the run still going, stop, resume, finish, talk, take away."
-    reader.start("tiny-gpt", file, Epochs="3", Learning_rate="0.02", Name_of_the_run="reviews")
+    reader.start("tiny-gpt", file, Epochs="6", Learning_rate="0.01", Name_of_the_run="reviews")
     seen = reader.wait_for(reader.points, "a curve")
     reader.wait_for(lambda: reader.points() > seen, "a curve that moves")
     at = reader.run()[1]
@@ -131,7 +131,7 @@ def from_file_to_answer(reader: Reader, reopen, file: Path, root: Path, aside: P
     assert status(root / "reviews").state == "stopped"
     reader.press("Resume")
     reader.wait_for(lambda: reader.run()[0] == "finished", "finished")
-    assert status(root / "reviews").step == 69
+    assert status(root / "reviews").step == 138
     words = json.loads(file.read_text())[0]["prompt"]
     said = reader.answer(words)
     assert said in ("fresh", "rotten"), said
@@ -221,7 +221,7 @@ def test_nothing_that_is_typed_or_sent_becomes_a_part_of_the_page(studio, tmp_pa
     reader.page.locator(".studio .studio-fault").get_by_text("<script>").first.wait_for()
     for label, text in (("Epochs", "1"), ("Name of the run", f"../../{EVIL}")): reader.write(label, text)
     reader.press("Start")
-    reader.wait_for(lambda: reader.page.get_by_label("Runs", exact=True).locator("option").count() and reader.run()[0] == "finished", "finished")
+    reader.wait_for(lambda: reader.run()[0] == "finished", "finished")
     reader.answer(EVIL)
     assert EVIL in reader.page.locator(".studio-turn").first.inner_text()
     reader.write("Your own", EVIL)
