@@ -8,7 +8,7 @@ here = Path(__file__).parent
 config = ConfigParser()
 config.read(here / "settings.ini", encoding="utf-8")
 book = config["DEFAULT"]
-hub, dev = book["hub_requirements"].split(), book["dev_requirements"].split()
+hub, studio, dev = (book[f"{extra}_requirements"].split() for extra in ("hub", "studio", "dev"))
 
 setup(
     name=book["lib_name"],
@@ -25,7 +25,7 @@ setup(
     package_data={"llmbook": book["package_data"].split()},
     python_requires=">=" + book["min_python"],
     install_requires=book["requirements"].split(),
-    extras_require={"hub": hub, "dev": hub + dev},
+    extras_require={"hub": hub, "studio": studio, "dev": hub + studio + dev},
     entry_points={"console_scripts": book["console_scripts"].split(), "nbdev": ["llmbook=llmbook._modidx:d"]},
     zip_safe=False,
 )

@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'CorporaList', 'CorporaShow', 'CorporaFetch', 'file_docum
            'Pretrain', 'streamed_text', 'Generate', 'FinetuneCommand', 'EstimateCommand', 'EvaluateCommand',
            'QuantizeCommand', 'MergeCommand', 'ExportCommand', 'SamplesCommand', 'PlanCommand', 'SiteCommand',
            'NotebooksRun', 'NotebooksCheck', 'Bench', 'Runs', 'JobsList', 'JobsWatch', 'JobsStop', 'JobsResume',
-           'Corpora', 'Notebooks', 'Jobs', 'main']
+           'StudioCommand', 'Corpora', 'Notebooks', 'Jobs', 'main']
 
 # %% ../nbs/A3_cli.ipynb #a4415d2b
 import json
@@ -706,7 +706,25 @@ class JobsResume:
         s = resume(self.run_dir, self.at_once)
         print(f"{s.name}: {s.state}{f', {s.why}' * bool(s.why)}; follow it with: llmbook jobs watch {self.run_dir}")
 
-# %% ../nbs/A3_cli.ipynb #280d2bdc
+# %% ../nbs/A3_cli.ipynb #6758a781
+@dataclass
+class StudioCommand:
+    """Open the studio: fine-tune, watch and chat in the browser, on this machine only.
+
+    Examples:
+    llmbook studio
+    llmbook studio --root runs --port 8899 --no-browser
+    """
+    root: Path = Path("runs")       # the folder that runs lie in; made if it isn't there
+    port: int = 0                   # 0: one that is free
+    browser: bool = True            # open the page in a browser, not only print its address
+    host: str = "127.0.0.1"         # an address of this machine; every other one than this lets other machines in
+
+    def run(self):
+        from llmbook.serving import serve
+        serve(self.root, self.port, self.browser, self.host)
+
+# %% ../nbs/A3_cli.ipynb #8e1716e2
 _sub = tyro.conf.subcommand
 _Corpora = Union[Annotated[CorporaList, _sub("list")], Annotated[CorporaShow, _sub("show")], Annotated[CorporaFetch, _sub("fetch")]]
 
@@ -733,10 +751,10 @@ class Jobs:
 
 COMMANDS = Union[Annotated[Corpora, _sub("corpora")], Annotated[Pretrain, _sub("pretrain")], Annotated[Generate, _sub("generate")],
                  Annotated[FinetuneCommand, _sub("finetune")], Annotated[EstimateCommand, _sub("estimate")], Annotated[EvaluateCommand, _sub("evaluate")], Annotated[QuantizeCommand, _sub("quantize")], Annotated[MergeCommand, _sub("merge")], Annotated[ExportCommand, _sub("export")], Annotated[SamplesCommand, _sub("samples")], Annotated[SiteCommand, _sub("site")], Annotated[Notebooks, _sub("notebooks")], Annotated[Bench, _sub("bench")], Annotated[Runs, _sub("runs")],
-                 Annotated[Jobs, _sub("jobs")],
+                 Annotated[Jobs, _sub("jobs")], Annotated[StudioCommand, _sub("studio")],
                  Annotated[PlanCommand, _sub("plan")]]
 
-# %% ../nbs/A3_cli.ipynb #f930814b
+# %% ../nbs/A3_cli.ipynb #84a226db
 _HELP = """Train large language models, from raw text to a chat model.
 
 Start here:
@@ -745,6 +763,7 @@ Start here:
   llmbook generate --model runs/bard/model --prompt "ROMEO. "
   llmbook generate --model smollm2-135m-instruct --chat
   llmbook finetune --base tiny-bert --data reviews.csv --out runs/reviews
+  llmbook studio
 """
 
 def main(

@@ -233,7 +233,7 @@ def check_fit(plan: Plan, facts: ModelFacts, data: TaskData):
     if (plan.length or 0) > facts.context: raise BookError(f"Tokens a row: {plan.length} is more than the {facts.context} that {show_name(facts.name, 80)} can read: write a smaller number.")
     dealt(data, plan.share)
 
-# %% ../nbs/10d0_studio_parts.ipynb #62924998
+# %% ../nbs/10d0_studio_parts.ipynb #186cc480
 def duration(seconds: float | None) -> str:
     "Seconds as a person would say them."
     if seconds is None: return "–"
@@ -251,7 +251,7 @@ def curve_svg(
     values = [y for _, ys in curves.values() for y in ys if math.isfinite(y)]
     if not values: return ""
     low, top, last = min(values), max(values), max([steps, *(x for xs, _ in curves.values() for x in xs)])
-    low, top = low - 0.05 * (top - low or 1), top + 0.05 * (top - low or 1)
+    low, top = max(low - 0.05 * (top - low or 1), min(low, 0)), top + 0.05 * (top - low or 1)    # no loss is below nothing
     at = lambda x, y: (48 + (wide - 60) * x / last, 12 + (high - 44) * (top - y) / (top - low))
     lines = [f'<text x="{wide / 2}" y="{high - 2}" text-anchor="middle">step</text>', f'<text x="48" y="{high - 16}" text-anchor="middle">0</text>', f'<text x="{wide - 12}" y="{high - 16}" text-anchor="end">{last:,}</text>']
     for k in range(4):

@@ -36,7 +36,7 @@ def test_the_script_gives_version_and_status():
         assert done.returncode == status and (done.stdout + done.stderr).startswith(said)
 
 
-@pytest.mark.parametrize("command", [[], ["corpora"], ["corpora", "list"], ["corpora", "show"], ["corpora", "fetch"], ["pretrain"], ["generate"], ["site"], ["notebooks", "run"], ["notebooks", "check"], ["bench"], ["runs"], ["plan"], ["finetune"], ["estimate"], ["evaluate"], ["merge"], ["export"], ["samples"], ["quantize"], ["jobs", "list"], ["jobs", "watch"], ["jobs", "stop"], ["jobs", "resume"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["corpora"], ["corpora", "list"], ["corpora", "show"], ["corpora", "fetch"], ["pretrain"], ["generate"], ["site"], ["notebooks", "run"], ["notebooks", "check"], ["bench"], ["runs"], ["plan"], ["finetune"], ["estimate"], ["studio"], ["evaluate"], ["merge"], ["export"], ["samples"], ["quantize"], ["jobs", "list"], ["jobs", "watch"], ["jobs", "stop"], ["jobs", "resume"]], ids=" ".join)
 def test_every_command_has_help_with_an_example(llmbook, command):
     done = llmbook(*command, "--help")
     assert done.returncode == 0
