@@ -61,7 +61,14 @@ class Reader:
         field.fill(text)
         field.press("Tab")
 
-    def press(self, name: str, n: int = 0): self.page.get_by_role("button", name=name, exact=True).nth(n).click()
+    def press(self, name: str, n: int = 0):
+        "Once the button stands still: a click on one that moves away, since something above it has just arrived, is lost."
+        button, seen = self.page.get_by_role("button", name=name, exact=True).nth(n), []
+        button.wait_for()
+        while len(seen) < 4 or len({str(box) for box in seen[-4:]}) > 1:
+            seen.append(button.bounding_box())
+            self.page.wait_for_timeout(150)
+        button.click()
 
     def see(self, text: str, seconds: float = 60): self.page.locator(".studio").get_by_text(re.compile(text)).first.wait_for(state="attached", timeout=1000 * seconds)
 
