@@ -29,7 +29,7 @@ class Server:
     "The studio's server in a process of its own; with a page of one cell in the studio's place, or the studio's."
 
     def __init__(self, folder: Path, *, cell: str | None = CELL, host: str = "127.0.0.1", **env):
-        code = f"import llmbook.serving as s; s.CELL = {cell!r} or s.CELL; s.serve({str(folder / 'runs')!r}, 0, {'BROWSER' in env}, {host!r})"
+        code = f"import signal, llmbook.serving as s; signal.signal(signal.SIGINT, signal.default_int_handler); s.CELL = {cell!r} or s.CELL; s.serve({str(folder / 'runs')!r}, 0, {'BROWSER' in env}, {host!r})"
         self.folder, self.said, self.workers = folder, [], []
         with open(folder / "server.log", "w") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "TMPDIR": str(folder), **env})
