@@ -212,7 +212,7 @@ def main_thread(
     source = lambda m: f"{m[0]}\n    {linecache.getline(m[1], int(m[2])).strip()}"
     return readable(re.sub(r'  File "(.+)", line (\d+) in .+', source, frames))
 
-# %% ../nbs/04a0_launch.ipynb #c8bc15e7
+# %% ../nbs/04a0_launch.ipynb #f9e87f89
 class Ranks(Processes):
     "Processes that are listened to: what they print, how far they are, what went wrong, and what they return."
 
@@ -244,6 +244,11 @@ class Ranks(Processes):
         rank, note = min(notes.items(), key=lambda item: item[1]["time"])
         return LaunchError(f"Rank {rank} of {self.nprocs} raised {note['what']}", rank, note["traceback"])
 
+    def settle(self, seconds: float = 0.5):
+        "Give the others time to end: that one was killed may be told a moment after its neighbours have complained."
+        until = time.monotonic() + seconds
+        while self.running() and time.monotonic() < until: time.sleep(0.02)
+
     def late(self) -> LaunchError:
         "Ask the ranks that still run where they are."
         slow = [rank for rank, p in enumerate(self.processes) if p.poll() is None]
@@ -257,7 +262,7 @@ class Ranks(Processes):
     def results(self) -> list:
         return [cloudpickle.loads((self.folder / f"{rank}.result").read_bytes()) for rank in range(self.nprocs)]
 
-# %% ../nbs/04a0_launch.ipynb #0f583eb4
+# %% ../nbs/04a0_launch.ipynb #e7e5321a
 def launch(
     fn: Callable,  # what every rank calls; asks torch.distributed for its rank
     nprocs: int,  # world size
@@ -275,7 +280,7 @@ def launch(
         until = time.monotonic() + timeout
         while ranks.running():
             ranks.hear()
-            if failure := ranks.failure(): break
+            if ranks.failure(): ranks.settle(); break
             if time.monotonic() > until: raise ranks.late()
             time.sleep(0.02)
         ranks.hear(last=True)

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -533,7 +534,7 @@ def test_the_clock_of_a_loop(opened, base):
         assert not again.clock.done() and "ZeroDivisionError" in (again.root / FAULTS).read_text()
         again.close()
         assert again.root not in studio.OPEN
-    asyncio.run(asyncio.wait_for(page_in_a_loop(), 60))
+    with ThreadPoolExecutor(1) as pool: pool.submit(lambda: asyncio.run(asyncio.wait_for(page_in_a_loop(), 60))).result()    # this thread may have a loop already, of a browser
 
 
 def test_a_folder_that_cannot_be_had(tmp_path):

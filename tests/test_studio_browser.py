@@ -126,7 +126,7 @@ def elsewhere(archive: Path, words: str, folder: Path) -> str:
 
 def from_file_to_answer(reader: Reader, reopen, file: Path, root: Path, aside: Path):
     "Train, close the page, find the run still going, stop, resume, finish, talk, take away."
-    reader.start("tiny-gpt", file, Epochs="6", Learning_rate="0.01", Name_of_the_run="reviews")
+    reader.start("tiny-gpt", file, Epochs="16", Learning_rate="0.003", Name_of_the_run="reviews")
     seen = reader.wait_for(reader.points, "a curve")
     reader.wait_for(lambda: reader.points() > seen, "a curve that moves")
     at = reader.run()[1]
@@ -137,8 +137,8 @@ def from_file_to_answer(reader: Reader, reopen, file: Path, root: Path, aside: P
     reader.wait_for(lambda: reader.run()[0] == "stopped", "stopped")
     assert status(root / "reviews").state == "stopped"
     reader.press("Resume")
-    reader.wait_for(lambda: reader.run()[0] == "finished", "finished")
-    assert status(root / "reviews").step == 138
+    reader.wait_for(lambda: reader.run()[0] == "finished", "finished", 300)
+    assert status(root / "reviews").step == 368
     words = json.loads(file.read_text())[0]["prompt"]
     said = reader.answer(words)
     assert said in ("fresh", "rotten"), said
@@ -292,7 +292,7 @@ def killed_and_whole(studio, folder: Path, rounds: list[tuple[str, ...]]):
     reader.see("parameters, reads")
     reader.give(data)
     reader.see("24 sound rows")
-    for label, text in (("Epochs", str(100 + 250 * len(rounds))), ("Tokens a row", "64"), ("Name of the run", "long")): reader.write(label, text)
+    for label, text in (("Epochs", str(300 + 1200 * len(rounds))), ("Tokens a row", "64"), ("Name of the run", "long")): reader.write(label, text)
     reader.press("Start")
     reader.wait_for(lambda: reader.points() > 1, "a curve")
     for kinds in rounds: reader = kill_at_random(studio, reader, kinds, rng)
