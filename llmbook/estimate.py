@@ -96,7 +96,7 @@ def line(few: dict, more: dict, at: tuple[int, int], blocks: int) -> dict:
     share = (blocks - at[0]) / max(1, at[1] - at[0])
     return {k: np.maximum(few[k] + share * (more[k] - few[k]), 0) for k in few}
 
-# %% ../nbs/10b_estimate.ipynb #fc25aba4
+# %% ../nbs/10b_estimate.ipynb #e001afbf
 BARE = """
 import torch, sys
 torch.set_num_threads(int(sys.argv[1]))
@@ -125,7 +125,7 @@ def bare_process(threads: int = 1) -> dict[str, float]:  # peak_mb, cpu_seconds,
 
 
 def loading(base: str, weights: float) -> tuple[float, float]:
-    "MB that reading a base leaves behind, and seconds: a GGUF file is unpacked into fp32 beside the model, files of safetensors are only mapped."
+    "MB that reading a base leaves behind, and seconds: a GGUF file is unpacked into fp32 beside the model, files of safetensors are only mapped. The rates, in MB a second, are rough ones of a single machine, and not measured anew."
     path = locate(base)
     return (weights, weights / 75) if path.suffix == ".gguf" else (0.0, weights / 300)
 
