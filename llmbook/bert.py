@@ -7,7 +7,7 @@ __all__ = ['POSITIONS', 'BertConfig', 'bert_shape', 'BertEmbeddings', 'BertSelfA
            'small_weights', 'MaskedLMHead', 'BertForPreTraining', 'BertForSequenceClassification',
            'BertForTokenClassification', 'bert_weights', 'load_bert', 'save_bert']
 
-# %% ../nbs/02c_bert.ipynb #b7f02f55
+# %% ../nbs/02c_bert.ipynb #d707de4e
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .attention import rotary_tables, rotate
+from .attention import attend, rotary_tables, rotate
 from .corpora import BookError
 from .pretrained import load_exactly, locate, read_folder, write_folder
 
@@ -81,7 +81,7 @@ class BertEmbeddings(nn.Module):
         if self.position_embeddings is not None: x = x + self.position_embeddings.weight[:ids.shape[1]]
         return self.dropout(self.LayerNorm(x))
 
-# %% ../nbs/02c_bert.ipynb #68db8e13
+# %% ../nbs/02c_bert.ipynb #82ca47bb
 class BertSelfAttention(nn.Module):
     "Multi-head attention in both directions; keys that are only filling are left out."
     def __init__(self, config: BertConfig):
@@ -94,7 +94,7 @@ class BertSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, -1).transpose(1, 2) for f in (self.query, self.key, self.value))   # (B, H, T, D)
         if self.theta: q, k = (rotate(t, *rotary_tables(T, C // self.n_head, self.theta, x.device)) for t in (q, k))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.p if self.training else 0.0)
+        out = attend(q, k, v, mask, dropout=self.p if self.training else 0.0)
         return out.transpose(1, 2).reshape(B, T, C)
 
 # %% ../nbs/02c_bert.ipynb #29a95719

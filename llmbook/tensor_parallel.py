@@ -8,7 +8,7 @@ __all__ = ['Copy', 'Reduce', 'gathered', 'scattered', 'Gather', 'Scatter', 'Spli
            'vocab_parallel_cross_entropy', 'check_split', 'TensorParallelBlock', 'TensorParallelGPT', 'tensor_parallel',
            'cuts', 'gathered_weights', 'sum_replicated', 'split_bytes']
 
-# %% ../nbs/04c_tensor_parallel.ipynb #b8da74d4
+# %% ../nbs/04c_tensor_parallel.ipynb #587e8f52
 from copy import deepcopy
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from .attention import MultiHeadAttention
+from .attention import MultiHeadAttention, attend
 from .collectives import agree, all_gather, all_reduce, reduce_scatter, ring_bytes
 from .corpora import BookError
 from .gpt import MLP, Block, Decoder, GPTConfig
@@ -174,7 +174,7 @@ class TensorParallelMLP(MLP):
         "(B, T or T/n, C) → the same."
         return super().forward(self.split.enter(x))
 
-# %% ../nbs/04c_tensor_parallel.ipynb #e0b53c5a
+# %% ../nbs/04c_tensor_parallel.ipynb #ef6eb7c5
 class TensorParallelAttention(MultiHeadAttention):
     "Causal attention over this rank's heads: column layers for queries, keys and values, a row layer behind them."
 
@@ -194,7 +194,7 @@ class TensorParallelAttention(MultiHeadAttention):
         "(B, T or T/n, C) → the same."
         if cache is not None: raise BookError("Split attention keeps no cache: generate with the serial model.")
         q, k, v = self.heads(self.split.enter(x), rotary)  # (B, H/n, T, D)
-        out = F.scaled_dot_product_attention(q, self.shared(k), self.shared(v), is_causal=q.shape[2] > 1)
+        out = attend(q, self.shared(k), self.shared(v), causal=q.shape[2] > 1)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 # %% ../nbs/04c_tensor_parallel.ipynb #4d2c5a7f
