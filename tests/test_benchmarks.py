@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from llmbook import benchmarks
-from llmbook.benchmarks import CASES, Case, interleaved, report, run_benchmarks
+from llmbook import bench_cases, benchmarks
+from llmbook.bench_cases import Case, interleaved
+from llmbook.benchmarks import CASES, report, run_benchmarks
 from llmbook.corpora import BookError
 
 
@@ -15,7 +16,7 @@ def test_sides_take_turns_and_the_first_call_is_not_counted():
 
 
 def test_a_report_says_what_was_met_and_missed(monkeypatch):
-    monkeypatch.setattr(benchmarks, "interleaved", lambda a, b, n, on_call: ([1.0, 9.0, 2.0], [6.0, 4.0, 4.0]))
+    monkeypatch.setattr(bench_cases, "interleaved", lambda a, b, n, on_call: ([1.0, 9.0, 2.0], [6.0, 4.0, 4.0]))
     cases = {"met": Case("met", "w", "torch", "MB", 1.9, lambda: (int, int, 10.0, {"note": 1})), "missed": Case("missed", "w", "torch", "MB", 4.0, lambda: (int, int, 10.0, {}))}
     monkeypatch.setattr(benchmarks, "CASES", cases)
     results = run_benchmarks(progress=False)

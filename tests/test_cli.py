@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-from llmbook.cli import consecutive_pieces, file_documents, main, streamed_text
+from llmbook.cli import main
+from llmbook.cli_corpora import consecutive_pieces, file_documents
+from llmbook.cli_training import streamed_text
 from llmbook.corpora import BookError
 
 COMMAND = str(Path(sys.executable).with_name("llmbook"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmbook import paging
 from llmbook.bert import Bert, BertConfig, BertForPreTraining
-from llmbook.cli import Pretrain
+from llmbook.cli_training import Pretrain
 from llmbook.corpora import BookError, TokenStream, write_stream
 from llmbook.engine import check_engine, layout_named
 from llmbook.gpt import GPT, GPTConfig
