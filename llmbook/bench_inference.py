@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['nf4_quantize', 'nf4_dequantize', 'generate', 'generate_bf16']
 
-# %% ../nbs/A44_bench_inference.ipynb #54ebef45
+# %% ../nbs/A44_bench_inference.ipynb #59349ab2
 import contextlib
 import io
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .bench_cases import interleaved
+from .bench_cases import fastest, interleaved
 
-# %% ../nbs/A44_bench_inference.ipynb #91844689
+# %% ../nbs/A44_bench_inference.ipynb #11e7ca5b
 def _matrix():
     "A matrix of the size of SmolLM2's feed-forward layers in bf16, eight of them."
     import torch
@@ -41,16 +40,6 @@ def _compiled_dequantize(q):
     levels, absmax = LEVELS["nf4"], q.absmax
     return torch.compile(lambda codes: (levels[unpack(codes).int()].view(-1, q.block) * absmax[:, None]).to(q.dtype).view(q.shape))
 
-def _fastest(doing: Callable) -> float:
-    "Seconds of the fastest of five calls; one goes before."
-    doing()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        doing()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
 def nf4_dequantize():
     "NF4 to bf16."
     import bitsandbytes.functional as bnb
@@ -64,7 +53,7 @@ def nf4_dequantize():
     compiled, gb, notes = _compiled_dequantize(q), 2 * weight.numel() / 1e9, {}
     for name, way in (("torch eager", lambda: q.dequantize(native=False)), ("torch compiled", lambda: compiled(q.codes))):
         if not torch.equal(way(), theirs()): raise AssertionError(f"{name} reads different weights")
-        notes[f"{name}, GB/s"] = round(gb / _fastest(way), 2)
+        notes[f"{name}, GB/s"] = round(gb / fastest(way), 2)
     return ours, theirs, gb, notes
 
 # %% ../nbs/A44_bench_inference.ipynb #6598efb1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REVIEWS', 'B', 'finetune_step', 'lora_step', 'lora_step_fp32', 'prompt_step', 'qlora_step']
 
-# %% ../nbs/A43_bench_tuning.ipynb #d8fe8043
+# %% ../nbs/A43_bench_tuning.ipynb #7e2d47d6
 import contextlib
 import io
 import statistics
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .bench_cases import interleaved, two_peaks
+from .bench_cases import fastest, interleaved, two_peaks
 
 # %% ../nbs/A43_bench_tuning.ipynb #58a527ab
 REVIEWS, B = 128, 16
@@ -64,7 +64,7 @@ def finetune_step():
     notes |= two_peaks({"the book": (_book_finetuning,), "transformers": (_transformers_finetuning,)})
     return ours, theirs, REVIEWS, notes
 
-# %% ../nbs/A43_bench_tuning.ipynb #d95e989b
+# %% ../nbs/A43_bench_tuning.ipynb #83b0bd37
 def _lora_batch():
     "Ids and targets, (4, 128) each."
     import torch
@@ -104,11 +104,22 @@ def _peft_lora(precision: str = "bf16") -> Callable:
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     return _lora_call(model, lambda: model(input_ids=ids, labels=targets, shift_labels=targets).loss, precision)
 
+def _products(call: Callable, precision: str) -> dict:
+    "Which share of a step on SmolLM2 the frozen matrices' products would take at this machine's measured peak: forward, and backward to what they read."
+    import torch
+
+    from llmbook.sizing import matmul_peak
+    from llmbook.gpt import GPT
+    frozen = sum(p.numel() for p in GPT.from_pretrained("smollm2-135m-instruct").parameters() if p.ndim == 2)   # the table of tokens is the head's matrix, too
+    least = 2 * 2 * frozen * 512 / matmul_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return {"a step's products, GFLOP": round(2 * 2 * frozen * 512 / 1e9), "share of the book's step that they take at the measured peak": round(least / fastest(call), 2)}
+
 def _lora_case(precision: str):
     "Both sides in one precision, with the peak of memory that each adds."
     ours, theirs = _book_lora(precision), _peft_lora(precision)
     notes = {"difference of the first losses": f"{abs(ours() - theirs()):.1e}"}
     notes |= two_peaks({"the book": (_book_lora, precision), "peft": (_peft_lora, precision)})
+    notes |= _products(ours, precision)
     return ours, theirs, 512, notes
 
 def lora_step(): "In bf16."; return _lora_case("bf16")
@@ -135,7 +146,7 @@ def prompt_step():
     ours, theirs = _lora_call(book, lambda: book.asked_loss(ids, targets), "bf16"), _lora_call(other, lambda: other(input_ids=ids, attention_mask=torch.ones_like(ids), labels=targets, shift_labels=shifted).loss, "bf16")
     return ours, theirs, 512, {"difference of the first losses": f"{abs(ours() - theirs()):.1e}"}
 
-# %% ../nbs/A43_bench_tuning.ipynb #0b64d288
+# %% ../nbs/A43_bench_tuning.ipynb #27bb0641
 def _book_qlora() -> Callable:
     "The book's step."
     from llmbook.gpt import GPT
@@ -166,4 +177,5 @@ def qlora_step():
     ours, theirs = _book_qlora(), _peft_qlora()
     notes = {"difference of the first losses": f"{abs(ours() - theirs()):.1e}"}
     notes |= two_peaks({"the book": (_book_qlora,), "peft": (_peft_qlora,)})
+    notes |= _products(ours, "bf16")
     return ours, theirs, 512, notes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CASES', 'machine', 'run_benchmarks', 'report']
 
-# %% ../nbs/A4_benchmarks.ipynb #da6fd71b
+# %% ../nbs/A4_benchmarks.ipynb #644b7aa0
 import contextlib
 import logging
 import os
@@ -19,16 +19,17 @@ from .bench_cases import Case, case_times
 from .bench_inference import generate, generate_bf16, nf4_dequantize, nf4_quantize
 from .bench_ranks import ddp_step, tp_step, zero1_step
 from .bench_tokenizers import bpe_encode, bpe_encode_first, bpe_train, unigram_train
-from .bench_training import bert_step, train_step, trainer, xlnet_step
+from .bench_training import bert_step, train_step, train_step_compiled, trainer, xlnet_step
 from .bench_tuning import finetune_step, lora_step, lora_step_fp32, prompt_step, qlora_step
 from .corpora import BookError
 
-# %% ../nbs/A4_benchmarks.ipynb #8f47281b
+# %% ../nbs/A4_benchmarks.ipynb #55bf9b97
 CASES = {case.name: case for case in (
     Case("bpe-train", "train byte-level BPE, vocabulary 8,192", "tokenizers", "MB", 1 / 1.5, bpe_train),
     Case("bpe-encode", "encode a document of 5 MB", "tokenizers", "MB", 5.0, bpe_encode),
     Case("bpe-encode-first", "the same with a fresh tokenizer", "tokenizers", "MB", 5.0, bpe_encode_first),
     Case("train-step", "a training step of a GPT of 10M parameters", "transformers", "tokens", 2.5, train_step),
+    Case("train-step-compiled", "the same, compiled", "transformers", "tokens", 3.0, train_step_compiled),
     Case("trainer", "four steps by the Trainer, written down", "transformers", "tokens", 3.0, trainer),
     Case("unigram-train", "train Unigram on 1 MB, vocabulary 4,096", "sentencepiece", "MB", 1 / 5, unigram_train),
     Case("bert-step", "BERT forward and backward", "transformers", "tokens", 1.0, bert_step),
