@@ -167,11 +167,11 @@ class Page:
         "In a browser of its own each time, as after a restart."
         if self.v: self.v.context.close()
         self.v = self.visit(self.server.url.partition("?")[0])
-        self.v.page.goto(self.server.url)
+        self.v.page.goto(self.server.url, wait_until="commit", timeout=180_000)     # a kernel starts first
         return Reader(self.v.page).ready()
 
     def reload(self) -> Reader:
-        self.v.page.reload()
+        self.v.page.reload(wait_until="commit", timeout=180_000)
         return Reader(self.v.page).ready()
 
     def close(self):
