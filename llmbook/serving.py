@@ -51,7 +51,7 @@ class Door:
         if not known: return "Open the address that `llmbook studio` has printed: it ends in a token, without which nothing is served."
         return ""
 
-# %% ../nbs/10e_serving.ipynb #01b2a0af
+# %% ../nbs/10e_serving.ipynb #9e7afb04
 CELL = """import os
 os.chdir({here!r})
 from pathlib import Path
@@ -76,7 +76,7 @@ async function look() {
   const status = await fetch(`/api/kernels/${kernel}`, {cache: "no-store"}).then(reply => reply.status, () => 0)
   gone.textContent = status == 200 ? "" : status == 404 ? GONE : CLOSED
   gone.hidden = status == 200
-  setTimeout(look, 2000)
+  if (status != 404) setTimeout(look, 2000)
 }
 look()
 </script>
@@ -119,7 +119,7 @@ def settings(
     if sys.platform == "linux" and len(str(folder)) < 40: c.KernelManager.transport = "ipc"   # a socket's path has at most 107 letters
     return c
 
-# %% ../nbs/10e_serving.ipynb #34b0c225
+# %% ../nbs/10e_serving.ipynb #4519d53e
 def rule_in_front(
     server,         # Voilà's application
     door: Door,
@@ -164,7 +164,7 @@ def page_server(
         def init_handlers(self): return [rule_in_front(self, door), *super().init_handlers()]
 
         def listen(self):
-            logging.getLogger("tornado.general").setLevel(logging.ERROR)    # it would tell each reader about two of Voilà's own settings
+            logging.getLogger("tornado").setLevel(logging.ERROR)    # it would tell each reader about two of Voilà's own settings, and of each question after a kernel that is gone
             HTTPServer(self.app).add_sockets([listens])
             self.ioloop = IOLoop.current()
             self.ioloop.call_later(0, ready)
