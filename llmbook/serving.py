@@ -51,7 +51,7 @@ class Door:
         if not known: return "Open the address that `llmbook studio` has printed: it ends in a token, without which nothing is served."
         return ""
 
-# %% ../nbs/10e_serving.ipynb #9e7afb04
+# %% ../nbs/10e_serving.ipynb #4ab71ef1
 CELL = """import os
 os.chdir({here!r})
 from pathlib import Path
@@ -70,8 +70,8 @@ TEMPLATE = """{% extends "voila/templates/lab/index.html.j2" %}
 <p id="studio-gone" role="alert" hidden style="position:fixed; inset:0 0 auto; z-index:9; margin:0; padding:.7em 1em; font:16px sans-serif; color:#fff; background:#b3261e"></p>
 <script>
 const kernel = JSON.parse(document.getElementById("jupyter-config-data").textContent).kernelId, gone = document.getElementById("studio-gone")
-const GONE = "The process behind this page has ended, and nothing here can answer any more. Reload the page; runs have gone on."
-const CLOSED = "The server can't be reached. Start llmbook studio again, and open the address that it prints; runs have gone on."
+const GONE = "The process behind this page has ended, and nothing here can answer any more. Reload the page; runs don't depend on it."
+const CLOSED = "The server can't be reached. Start llmbook studio again, and open the address that it prints; runs don't depend on it."
 async function look() {
   const status = await fetch(`/api/kernels/${kernel}`, {cache: "no-store"}).then(reply => reply.status, () => 0)
   gone.textContent = status == 200 ? "" : status == 404 ? GONE : CLOSED
