@@ -246,12 +246,13 @@ def new_folder(
         except FileExistsError: continue
     raise BookError(f"{root} has too many runs of the name {plain}: choose another name.")
 
-# %% ../nbs/10a_jobs.ipynb #3f64bc59
+# %% ../nbs/10a_jobs.ipynb #054399b7
 def lived(
     events: list[dict],     # of a run
+    before: list[dict] | tuple = (),    # what was kept of those that came before them
 ) -> list[dict]:
     "The events without the steps that were lost and done again."
-    kept = []
+    kept = [*before]
     for e in events:
         back = e["step"] if e["kind"] == "begin" else e.get("back")
         if back is not None: kept = [k for k in kept if k["kind"] not in ("progress", "validation", "sample") or k["step"] <= back]

@@ -51,7 +51,7 @@ class Door:
         if not known: return "Open the address that `llmbook studio` has printed: it ends in a token, without which nothing is served."
         return ""
 
-# %% ../nbs/10e_serving.ipynb #cb8154c4
+# %% ../nbs/10e_serving.ipynb #4ab71ef1
 CELL = """import os
 os.chdir({here!r})
 from pathlib import Path
@@ -65,6 +65,21 @@ TEMPLATE = """{% extends "voila/templates/lab/index.html.j2" %}
 {{ resources.include_js("static/voila-style.js") }}
 {{ spinner.css() }}
 {{ super.super() }}
+{% endblock %}
+{% block footer_js %}
+<p id="studio-gone" role="alert" hidden style="position:fixed; inset:0 0 auto; z-index:9; margin:0; padding:.7em 1em; font:16px sans-serif; color:#fff; background:#b3261e"></p>
+<script>
+const kernel = JSON.parse(document.getElementById("jupyter-config-data").textContent).kernelId, gone = document.getElementById("studio-gone")
+const GONE = "The process behind this page has ended, and nothing here can answer any more. Reload the page; runs don't depend on it."
+const CLOSED = "The server can't be reached. Start llmbook studio again, and open the address that it prints; runs don't depend on it."
+async function look() {
+  const status = await fetch(`/api/kernels/${kernel}`, {cache: "no-store"}).then(reply => reply.status, () => 0)
+  gone.textContent = status == 200 ? "" : status == 404 ? GONE : CLOSED
+  gone.hidden = status == 200
+  if (status != 404) setTimeout(look, 2000)
+}
+look()
+</script>
 {% endblock %}
 """
 
@@ -80,7 +95,7 @@ def write_page(
     (folder / "studio.ipynb").write_text(json.dumps(page), encoding="utf-8")
     return folder / "studio.ipynb"
 
-# %% ../nbs/10e_serving.ipynb #2ea5788a
+# %% ../nbs/10e_serving.ipynb #830302c6
 LARGEST = 256 << 20     # bytes of one message from the page; the page says sooner what is too large
 PATIENCE = 900          # seconds that a kernel without a page is kept
 EXTENSIONS = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"]
@@ -100,10 +115,11 @@ def settings(
     c.VoilaConfiguration.update(file_allowlist=[], extension_allowlist=EXTENSIONS, allow_template_override="NO")
     c.IdentityProvider.update(cookie_name=f"llmbook-{port}", cookie_options={"samesite": "Strict"})
     c.MappingKernelManager.update(cull_idle_timeout=PATIENCE, cull_interval=60)
+    c.KernelRestarter.restart_limit = 0
     if sys.platform == "linux" and len(str(folder)) < 40: c.KernelManager.transport = "ipc"   # a socket's path has at most 107 letters
     return c
 
-# %% ../nbs/10e_serving.ipynb #34b0c225
+# %% ../nbs/10e_serving.ipynb #4519d53e
 def rule_in_front(
     server,         # Voilà's application
     door: Door,
@@ -148,7 +164,7 @@ def page_server(
         def init_handlers(self): return [rule_in_front(self, door), *super().init_handlers()]
 
         def listen(self):
-            logging.getLogger("tornado.general").setLevel(logging.ERROR)    # it would tell each reader about two of Voilà's own settings
+            logging.getLogger("tornado").setLevel(logging.ERROR)    # it would tell each reader about two of Voilà's own settings, and of each question after a kernel that is gone
             HTTPServer(self.app).add_sockets([listens])
             self.ioloop = IOLoop.current()
             self.ioloop.call_later(0, ready)

@@ -248,7 +248,7 @@ class PreviewSection(Section):
         data, asked = judged.mended if judged.mended is not None else judged.seen.data, self.asked
         if data.labels or facts.writes: self.think("Cutting into tokens …", lambda: look(data, facts, length), lambda html: setattr(self.told, "value", html) if asked == self.asked else None)
 
-# %% ../nbs/10d1_studio_form.ipynb #bab3157e
+# %% ../nbs/10d1_studio_form.ipynb #d59abe99
 def estimate_html(e) -> str:
     "What a run will take, as an `Estimate` says it."
     parts = " + ".join(f"{escape(str(part))} {mb:,.0f}" for part, mb in e.parts.items())
@@ -266,6 +266,7 @@ class SettingsSection(Section):
         self.name, self.go = w.Text(description="Name of the run", placeholder="made from the file's name"), button("Start", self.start, button_style="primary")
         super().__init__(page, self.method, self.words, w.GridBox(list(self.lines.values()), layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(300px, 1fr))", grid_gap="2px 18px")), self.name,
                          row(*[button("Estimate memory and time", self.estimate)] * (later("estimate") is not None), self.go), self.estimated)
+        self.known = None       # plan, file and what was reckoned of them
         for control in (self.method, *self.fields.values()): control.observe(self.changed, "value")
         self.changed()
 
@@ -297,7 +298,9 @@ class SettingsSection(Section):
     def estimate(self):
         "Reckon memory and time before the start."
         plan, data = self.ready()
-        self.think("Reckoning …", lambda: later("estimate").estimate(plan, data), lambda e: setattr(self.estimated, "value", estimate_html(e)))
+        judged = self.page.data.judged
+        def show(e): self.known, self.estimated.value = (plan, judged, e), estimate_html(e)
+        self.think("Reckoning …", lambda: later("estimate").estimate(plan, data), show)
 
     @guarded
     def start(self):
@@ -307,14 +310,15 @@ class SettingsSection(Section):
         def ended(started: Status | None = None):
             self.go.disabled = False
             if started: self.page.started(started)
+        expected = self.known[2] if self.known and self.known[0] == plan and self.known[1] is judged else None
         self.go.disabled = True     # one click, one run
-        self.think("Starting …", lambda: begin(plan, data, judged, root, name), ended, ended)
+        self.think("Starting …", lambda: begin(plan, data, judged, root, name, expected), ended, ended)
 
 
-def begin(plan: Plan, data: TaskData, judged: Judged, root: Path, name: str) -> Status:
-    "Start a run in a new folder, with what it was expected to take beside it. BookError, and no folder, if it can't be started."
+def begin(plan: Plan, data: TaskData, judged: Judged, root: Path, name: str, expected=None) -> Status:
+    "Start a run in a new folder, with what it was expected to take beside it (None: reckon that now). BookError, and no folder, if it can't be started."
     module = later("estimate")
-    expected = module.estimate(plan, data) if module else None
+    if module and expected is None: expected = module.estimate(plan, data)
     folder = jobs.new_folder(root, name)
     if expected: write_atomic(folder / "estimate.json", json.dumps({k: getattr(expected, k) for k in ("memory_mb", "seconds", "trainable")}).encode())
     try: return jobs.start(plan, judged.raw, folder, name=judged.called, repair=judged.mended is not None)

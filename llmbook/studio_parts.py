@@ -233,7 +233,7 @@ def check_fit(plan: Plan, facts: ModelFacts, data: TaskData):
     if (plan.length or 0) > facts.context: raise BookError(f"Tokens a row: {plan.length} is more than the {facts.context} that {show_name(facts.name, 80)} can read: write a smaller number.")
     dealt(data, plan.share)
 
-# %% ../nbs/10d0_studio_parts.ipynb #186cc480
+# %% ../nbs/10d0_studio_parts.ipynb #902cebaa
 def duration(seconds: float | None) -> str:
     "Seconds as a person would say them."
     if seconds is None: return "–"
@@ -273,7 +273,7 @@ class RunView:
     def read(self) -> bool:
         "Take in what was told since; whether it was anything."
         found, self.at = read_events(self.folder / EVENTS, self.at)
-        if found: self.told += found; self.events = lived(self.told)
+        if found: self.told += found; self.events = lived(found, self.events)
         return bool(found)
 
     def last(self, kind: str) -> dict: return next((e for e in reversed(self.events) if e["kind"] == kind), {})
@@ -310,8 +310,8 @@ class RunView:
 
     def measured(self, estimate: dict) -> str:
         "What was expected beside what was measured, once the run has ended."
-        end, begin = self.last("end"), self.last("begin")
-        pairs = {"memory, MB": (estimate.get("memory_mb"), end.get("peak_mb")), "seconds": (estimate.get("seconds"), self.seconds()), "parameters that move": (estimate.get("trainable"), begin.get("trainable"))}
+        end, begin, peak = self.last("end"), self.last("begin"), max((e["peak_mb"] for e in self.told if "peak_mb" in e), default=None)
+        pairs = {"memory, MB": (estimate.get("memory_mb"), peak), "seconds": (estimate.get("seconds"), self.seconds()), "parameters that move": (estimate.get("trainable"), begin.get("trainable"))}
         rows = [{"": what, "estimated": "–" if a is None else float(a), "measured": "–" if b is None else float(b)} for what, (a, b) in pairs.items()]
         return Table(rows).html if end else ""
 

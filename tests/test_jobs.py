@@ -244,6 +244,28 @@ def test_killed_twenty_times(base, root, unbroken, real, request):
 
 
 @pytest.mark.slow
+def test_killed_twenty_times_in_the_queue(base, root, forked, unbroken):
+    "A run that waits for its turn is killed at random moments and lines up again each time; then its turn comes."
+    print("seed", seed := time.time_ns())
+    rng, run = random.Random(seed), root / "run"
+    jobs.start(plan(base, epochs=100_000), ROWS, root / "ahead", samples=0, **SETTINGS)
+    until(lambda: status(root / "ahead").state == "running")
+    jobs.start(plan(base), ROWS, run, samples=0, **SETTINGS)
+    for _ in range(20):
+        until(lambda: lives(run))
+        time.sleep(rng.uniform(0, 0.5))
+        assert status(run).state == "queued" and status(run).why == "1 before it"
+        os.kill(read_json(run / LOCK)["pid"], signal.SIGKILL)
+        until(lambda: not held(run / LOCK), 10)
+        assert status(run).state == "lost" and "before it began" in status(run).why
+        jobs.resume(run)
+    assert status(root / "ahead").state == "running"
+    jobs.stop(root / "ahead")
+    assert ended(root / "ahead").state == "stopped" and ended(run).state == "finished"
+    same(run, unbroken()[0])
+
+
+@pytest.mark.slow
 def test_a_restarted_kernel_changes_nothing(base, root, tmp_path):
     "A kernel starts a run, is restarted, and shut down; the run goes on."
     from jupyter_client.manager import start_new_kernel

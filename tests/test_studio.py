@@ -21,7 +21,8 @@ from test_task_data import MALFORMED
 from llmbook import jobs, studio, studio_form
 from llmbook.corpora import BookError
 from llmbook.finetuning import Plan
-from llmbook.job_folder import ENDED, SPEC, held, read_json, status
+from llmbook.job_folder import ENDED, EVENTS, SPEC, EventFile, held, read_events, read_json, status
+from llmbook.jobs import lived
 from llmbook.studio import Studio
 from llmbook.studio_form import FAULTS, Thinker
 from llmbook.studio_parts import (
@@ -391,7 +392,8 @@ def test_a_run_that_is_not_finished_cannot_be_asked(opened, base):
 
 
 def test_measured_beside_the_estimate(opened, base, here, monkeypatch):
-    module = SimpleNamespace(estimate=lambda plan, data, **settings: SimpleNamespace(parameters=1000, trainable=10, memory_mb=321.0, seconds=4.0, parts={EVIL: 1.0}))
+    asked = []
+    module = SimpleNamespace(estimate=lambda plan, data, **settings: asked.append(plan) or SimpleNamespace(parameters=1000, trainable=10, memory_mb=321.0, seconds=4.0, parts={EVIL: 1.0}))
     monkeypatch.setattr(studio_form, "later", lambda name: module)
     page = opened()
     ready(page, base)
@@ -402,8 +404,27 @@ def test_measured_beside_the_estimate(opened, base, here, monkeypatch):
     start(page)
     page.tick(0)
     assert read_json(page.runs.folder() / "estimate.json")["memory_mb"] == 321.0 and "<td>321</td>" in page.runs.measured.value
+    assert len(asked) == 1, "what the reader has just asked for isn't reckoned again"
     page.settings.fields["lr"].value = "1e-2"
     assert page.settings.estimated.value == "", "an estimate of other settings is gone"
+    start(page)
+    assert len(asked) == 2 and asked[1].lr == 1e-2, "nor is it taken for one of these"
+
+
+def test_a_run_of_several_processes_is_measured_whole(tmp_path):
+    "Memory at the highest peak of all of them, time without what lay between."
+    events = EventFile(tmp_path / EVENTS)
+    for step, peak in ((0, 900.0), (3, 700.0)):
+        events.write("begin", step=step, trainable=5)
+        for k in (1, 2, 3): events.write("progress", step=step + k, loss=1.0)
+        events.write("end", state="stopped", step=step + 3, peak_mb=peak)
+    events.close()
+    one, other = RunView(tmp_path), RunView(tmp_path)
+    one.read()
+    found = read_events(tmp_path / EVENTS)[0]
+    for k in range(len(found)): other.told, other.events = found[:k + 1], lived(found[k:k + 1], other.events)
+    assert one.events == other.events == lived(found), "event by event, or all at once"
+    assert "<td>900</td>" in one.measured({}) and "<td>5</td>" in one.measured({})
 
 
 def test_the_estimate_counts_what_the_run_then_moves(opened, base, here):

@@ -12,16 +12,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from shared import small_base
 from test_jupyterlab import lab, open_and_run  # noqa: F401
 from test_serving import Server, gone
 
+from llmbook import jobs
+from llmbook.checkpointing import load_checkpoint
 from llmbook.corpora import rows
-from llmbook.finetuning import Plan
-from llmbook.job_folder import LOCK, SPEC, read_json, status
-from llmbook.jobs import run_here
+from llmbook.finetuning import Plan, finetune
+from llmbook.job_folder import EVENTS, LOCK, read_events, read_json, status
+from llmbook.loop import Callback
 from llmbook.studio_parts import LARGEST
+from llmbook.task_data import read_task
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900), pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")]
 EVIL = "<script>window.hit=1</script><img src=x onerror='window.hit=1'><b>bold</b>"
@@ -155,7 +157,7 @@ class Page:
     "The command, a browser, and the page that it shows."
 
     def __init__(self, folder: Path, visit):
-        self.folder, self.root, self.visit = folder, folder / "runs", visit
+        self.folder, self.root, self.visit, self.v = folder, folder / "runs", visit, None
         folder.mkdir()
         self.up()
 
@@ -163,8 +165,13 @@ class Page:
 
     def open(self) -> Reader:
         "In a browser of its own each time, as after a restart."
+        if self.v: self.v.context.close()
         self.v = self.visit(self.server.url.partition("?")[0])
-        self.v.page.goto(self.server.url)
+        self.v.page.goto(self.server.url, wait_until="commit", timeout=180_000)     # a kernel starts first
+        return Reader(self.v.page).ready()
+
+    def reload(self) -> Reader:
+        self.v.page.reload(wait_until="commit", timeout=180_000)
         return Reader(self.v.page).ready()
 
     def close(self):
@@ -265,16 +272,18 @@ def victims(studio, kind: str) -> list[int]:
 
 def kill_at_random(studio, reader, kinds: tuple[str, ...], rng: random.Random) -> Reader:
     "Kill at a random moment, look whether the state that is told is true, open the page again, and let a lost run go on."
-    time.sleep(rng.random())
+    time.sleep(2 * rng.random())
     run, pids = studio.root / "long", [pid for kind in kinds for pid in victims(studio, kind)]
     for pid in pids: os.kill(pid, signal.SIGKILL)
     assert len(pids) == len(kinds) and gone(pids)
     truth = "lost" if "training" in kinds else "running"
     reader.wait_for(lambda: status(run).state == truth, truth, 5)   # a killed process's last threads take a moment to go
+    if kinds != ("training",): reader.page.get_by_role("alert").get_by_text("The server can't be reached" if "server" in kinds else "Reload the page").wait_for()
     if "server" in kinds:
         assert studio.server.process.wait(10) and gone(studio.server.kernels()), "kernels find out"
         studio.up()
-    if kinds != ("training",): reader = studio.open()
+        reader = studio.open()
+    elif "kernel" in kinds: reader = studio.reload()
     reader.wait_for(lambda: reader.run()[0] == status(run).state, "the truth")
     if "training" in kinds:
         reader.press("Resume")
@@ -282,32 +291,42 @@ def kill_at_random(studio, reader, kinds: tuple[str, ...], rng: random.Random) -
     return reader
 
 
-def killed_and_whole(studio, folder: Path, rounds: list[tuple[str, ...]]):
-    "Kill things while a run trains; let it end, and compare with a run that nobody disturbed."
-    base, rng, data = small_base(folder / "base"), random.Random(0), folder / "rows.json"
-    data.write_text(json.dumps([{"prompt": f"The {('cat', 'dog')[i % 2]} number {i} says", "completion": (" meow", " woof")[i % 2]} for i in range(24)]))
+class Until(Callback):
+    "Asks a run to stop at a step, as the page's button does at whatever step it is."
+
+    def __init__(self, step: int): self.step = step
+
+    def on_start(self, trainer): trainer.told_to_stop = lambda asked: trainer.step >= self.step and not asked.append(True)
+
+
+def killed_and_whole(studio, folder: Path, rounds: list[tuple[str, ...]], rng: random.Random):
+    "Kill things while a run trains; stop it, and compare with a run that nobody disturbed: weights, optimizer, place in the data and random numbers, bit for bit."
+    rows_ = "".join(json.dumps({"prompt": f"The {('cat', 'dog')[i % 2]} number {i} says", "completion": (" meow", " woof")[i % 2]}) + "\n" for i in range(24)).encode()
+    plan, settings, run = Plan(str(small_base(folder / "base")), epochs=1_000_000, lr=1e-3, precision="fp32"), {"warmup": 0, "eval_every": 1000, "checkpoint_every": 20}, studio.root / "long"
+    jobs.start(plan, rows_, run, **settings)
     reader = studio.open()
-    reader.choose("Model", "another")
-    reader.write("Folder or id", str(base))
-    reader.see("parameters, reads")
-    reader.give(data)
-    reader.see("24 sound rows")
-    for label, text in (("Epochs", str(300 + 1200 * len(rounds))), ("Tokens a row", "64"), ("Name of the run", "long")): reader.write(label, text)
-    reader.press("Start")
     reader.wait_for(lambda: reader.points() > 1, "a curve")
     for kinds in rounds: reader = kill_at_random(studio, reader, kinds, rng)
-    reader.wait_for(lambda: reader.run()[0] == "finished", "finished", 600)
-    spec = read_json(studio.root / "long" / SPEC)
-    run_here(Plan(**spec["plan"]), data, folder / "undisturbed", progress=False, **spec["settings"])
-    one, other = (load_file(f / "model" / "adapter_model.safetensors") for f in (studio.root / "long", folder / "undisturbed"))
-    assert one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one), "bit for bit"
+    reader.press("Stop")
+    reader.wait_for(lambda: reader.run()[0] == "stopped", "stopped")
+    step = status(run).step
+    assert reader.run() == ("stopped", step)
+    assert any(e["step"] > 0 for e in read_events(run / EVENTS)[0] if e["kind"] == "begin"), "it went on from where it was"
+    finetune(plan, read_task(rows_), folder / "undisturbed", progress=False, callbacks=[Until(step)], **settings)
+    (one, moment), (other, same) = (load_checkpoint(f / "checkpoints" / f"step-{step:06d}") for f in (run, folder / "undisturbed"))
+    assert {k: g.keys() for k, g in one.items()} == {k: g.keys() for k, g in other.items()} and all((one[k][name] == other[k][name]).all() for k in one for name in one[k])
+    assert moment == same
 
 
-def test_killed_at_random_a_run_stays_true_and_whole(studio, tmp_path): killed_and_whole(studio, tmp_path, [("kernel",), ("server", "training")])
+def test_killed_at_random_a_run_stays_true_and_whole(studio, tmp_path): killed_and_whole(studio, tmp_path, [("training",), ("kernel",), ("server", "training")], random.Random(0))
 
 
 @pytest.mark.slow
-def test_killed_at_random_twenty_times(studio, tmp_path): killed_and_whole(studio, tmp_path, random.Random(1).choices([("kernel",), ("server",), ("training",), ("kernel", "training"), ("server", "training")], k=20))
+@pytest.mark.timeout(3600)
+def test_killed_at_random_twenty_times(studio, tmp_path):
+    print("seed", seed := time.time_ns())
+    rng = random.Random(seed)
+    killed_and_whole(studio, tmp_path, rng.choices([("kernel",), ("server",), ("training",), ("kernel", "training"), ("server", "training")], k=20), rng)
 
 
 @pytest.mark.slow
