@@ -155,7 +155,7 @@ def bare_process(threads: int = 1) -> dict[str, float]:  # peak_mb, before_mb (b
     if done.returncode: raise BookError(f"A process for runs can't be started here ({(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}): try `llmbook finetune` in a terminal.")
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - began}
 
-# %% ../nbs/10b_estimate.ipynb #734e7d73
+# %% ../nbs/10b_estimate.ipynb #996230db
 ROWS = 1 << 20      # values of a tensor that are unpacked on trial
 
 
@@ -191,7 +191,7 @@ class Base:
 
 
 @lru_cache(4)
-def known(base: str, path: Path, changed: float) -> Base:
+def known(base: str, path: Path, changed: tuple) -> Base:
     "A base's shape and tokenizer, and what loading takes here: the reading is timed, the unpacking is tried."
     began, reader = clocks(), _gguf_reader(path) if path.suffix == ".gguf" else None
     shape = GPTConfig(**translate(_gguf_config(reader), {})[0]) if reader is not None else shape_of(base)
@@ -206,7 +206,7 @@ def known(base: str, path: Path, changed: float) -> Base:
 def base_of(plan: Plan) -> Base:
     "What is known of a plan's base; read once, as long as its file stays as it is."
     path = locate(plan.base)
-    return known(str(plan.base), path, max(p.stat().st_mtime for p in ([path] if path.is_file() else path.iterdir())))
+    return known(str(plan.base), path, tuple((p.name, p.stat().st_mtime, p.stat().st_size) for p in ([path] if path.is_file() else sorted(path.iterdir()))))
 
 
 @lru_cache
@@ -262,7 +262,7 @@ class Estimate:
 
     def __str__(self) -> str: return f"{self.trainable:,} of {self.parameters:,} parameters move; about {self.memory_mb:,.0f} MB and {self.seconds / 60:.1f} minutes for {self.steps:,} steps in {self.precision}"
 
-# %% ../nbs/10b_estimate.ipynb #8ffeefd7
+# %% ../nbs/10b_estimate.ipynb #a84ed1a8
 def room(plan: Plan, shape) -> int:
     "Tokens that a row may have: the context, less what a method puts in front."
     return getattr(shape, "context", 256) - (plan.options.get("tokens", 16) if plan.method in ("prompt", "prefix") else 0)
@@ -321,7 +321,7 @@ def known_run(plan: Plan, data: TaskData, valid: TaskData | None, samples: int, 
     precision, found = tried(plan, base.shape, data.labels, batches, held.batch(widest), prompt, config)
     return Run(plan, base, config, held, labelled, tokens, [b["ids"].numel() for b in batches], judged, 0 if labelled else int((batches[-1]["targets"] != IGNORE).sum()), samples, precision, found, whole_mb(plan, base.shape, data.labels))
 
-
+# %% ../nbs/10b_estimate.ipynb #00cdb308
 def estimate(
     plan: Plan,                     # what to do
     data: TaskData,                 # rows to learn from
