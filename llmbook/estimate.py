@@ -8,7 +8,7 @@ __all__ = ['BARE', 'ROWS', 'shape_of', 'plain', 'prepared', 'smaller', 'tensors_
            'batch_tokens', 'held_batches', 'pass_seconds', 'Estimate', 'room', 'rows_of', 'tried', 'Run', 'known_run',
            'estimate', 'whole_mb', 'memory_parts', 'time_parts', 'spoken']
 
-# %% ../nbs/10b_estimate.ipynb #1583f95f
+# %% ../nbs/10b_estimate.ipynb #c7aa4f8f
 import itertools
 import json
 import math
@@ -32,6 +32,7 @@ from .classifying import Classifier, RowSampler, read_kind, rows_config
 from .corpora import BookError
 from .finetuning import Plan, answer_loss, dealt, method_named, task_rows
 from .gpt import GPT, GPTConfig
+from .lora import FrozenHead
 from .loop import TrainConfig, recompute_layers
 from .objectives import IGNORE
 from .muon import make_optimizer
@@ -321,7 +322,7 @@ def known_run(plan: Plan, data: TaskData, valid: TaskData | None, samples: int, 
     precision, found = tried(plan, base.shape, data.labels, batches, held.batch(widest), prompt, config)
     return Run(plan, base, config, held, labelled, tokens, [b["ids"].numel() for b in batches], judged, 0 if labelled else int((batches[-1]["targets"] != IGNORE).sum()), samples, precision, found, whole_mb(plan, base.shape, data.labels))
 
-# %% ../nbs/10b_estimate.ipynb #00cdb308
+# %% ../nbs/10b_estimate.ipynb #5fb948eb
 def estimate(
     plan: Plan,                     # what to do
     data: TaskData,                 # rows to learn from
@@ -348,7 +349,7 @@ def memory_parts(run: Run) -> dict[str, float]:
     judged = 0 if run.labelled else sum(t != IGNORE for targets in run.held.targets for t in targets)     # whose logits an evaluation holds
     bare = bare_process(torch.get_num_threads())
     parts = {"python and torch": bare["peak_mb"], "weights": float(one["weights"]), "gradients": float(one["gradients"]), "optimizer": float(one["optimizer"]), "activations": max(float(f["activations"]) for f in run.found.values()),
-             "logits": 3 * row * (min(128, run.asked) if run.plan.method in ("lora", "qlora") else run.asked), "held-out logits": judged * row * (0.5 if run.precision == "bf16" else 1)}
+             "logits": 3 * row * (run.asked if run.plan.method == "full" else min(FrozenHead.ROWS, run.asked)), "held-out logits": judged * row * (0.5 if run.precision == "bf16" else 1)}
     return {**parts, "more while loading": max(0.0, bare["before_mb"] + run.whole + run.base.beside - sum(parts.values()))}
 
 
