@@ -1,6 +1,10 @@
 """An estimate must count what is there, grow with what is asked, and refuse in a sentence what the run would refuse."""
 import math
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +13,10 @@ from shared import ANIMALS, LABELS, small_base
 from llmbook import estimate as module
 from llmbook.cli import main
 from llmbook.corpora import BookError
-from llmbook.estimate import batch_tokens, estimate, line, pass_seconds, shape_of, smaller, tensors_mb
+from llmbook.estimate import base_of, batch_tokens, clocks, estimate, held_batches, kinds_of, line, memory_parts, pass_seconds, shape_of, smaller, taken, tensors_mb, written
 from llmbook.finetuning import Plan, fine_tuner, put_together
 from llmbook.jobs import measured, process_settings
-from llmbook.pretrained import model_shape
+from llmbook.pretrained import _gguf_reader, locate, model_shape
 from llmbook.task_data import write_task
 
 
@@ -23,7 +27,7 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def known_process(monkeypatch): monkeypatch.setattr(module, "bare_process", lambda threads: {"peak_mb": 400.0, "cpu_seconds": 5.0, "seconds": 6.0})
+def known_process(monkeypatch): monkeypatch.setattr(module, "bare_process", lambda threads: {"peak_mb": 400.0, "before_mb": 300.0, "cpu_seconds": 5.0, "seconds": 6.0})
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "prompt", "prefix"])
@@ -58,6 +62,65 @@ def test_the_run_s_own_batches(base, tmp_path):
     assert tokens.tolist() == read and trainer.objective.batch(widest)["ids"].numel() == max(read)
 
 
+def test_the_run_s_own_evaluations(base, tmp_path):
+    trainer = fine_tuner(Plan(base, "full", batch_size=2, precision="fp32", share=0.4), ANIMALS, tmp_path / "run", progress=False)
+    tokens, widest = held_batches(trainer.valid, 2)
+    read = [inputs["ids"].numel() for inputs in trainer.held_out()]
+    assert tokens.tolist() == read and trainer.valid.batch(widest)["ids"].numel() == max(read)
+
+
+def test_every_value_of_a_base_is_counted(base):
+    found = kinds_of(Path(base))
+    assert sum(n for n, _ in found) == sum(p.numel() for p in smaller(Plan(base), shape_of(base), [], 6).parameters())
+    assert all(0 < unpack().numel() <= n for n, unpack in found)
+
+
+@pytest.mark.slow
+def test_every_value_of_a_gguf_file_is_counted():
+    path = locate("smollm2-135m-instruct")
+    found = kinds_of(path, _gguf_reader(path))
+    with torch.device("meta"): whole = smaller(Plan("smollm2-135m-instruct"), shape_of("smollm2-135m-instruct"), [], 30)
+    assert sum(n for n, _ in found) == sum(p.numel() for p in whole.parameters()) and all(0 < unpack().size <= 1 << 20 for _, unpack in found)
+
+
+def test_a_base_is_read_once_until_it_changes(base, tmp_path):
+    shutil.copytree(base, own := tmp_path / "own")
+    plan = Plan(str(own))
+    first = base_of(plan)
+    assert base_of(plan) is first and first.shape.n_layer == 6 and (first.seconds > 0).all() and first.beside > 0
+    os.utime(own / "config.json", (1, 2_000_000_000))
+    assert base_of(plan) is not first
+    (own / "model.safetensors").write_bytes(b"torn")     # which the cache must notice, too
+    with pytest.raises(BookError, match="get the file again"): base_of(plan)
+
+
+def test_what_a_first_call_takes_beyond_a_later_one(monkeypatch):
+    times = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0])
+    monkeypatch.setattr(module, "clocks", lambda: torch.tensor([next(times)] * 2).numpy())
+    first, least = taken(lambda: None)
+    assert first.tolist() == [3.0, 3.0] and least.tolist() == [2.0, 2.0]
+
+
+def test_writing_is_tried_here():
+    assert written().keys() == {"checkpoint", "model"} and all((v > 0).all() for v in written().values())
+    assert (clocks() <= clocks()).all()
+
+
+def test_what_is_written_counts(base):
+    plan = Plan(base, epochs=4, precision="fp32", share=0.25)
+    often, seldom = estimate(plan, ANIMALS, eval_every=1), estimate(plan, ANIMALS, eval_every=100)
+    assert often.times["checkpoints"] > seldom.times["checkpoints"] > 0 and often.times["models"] > seldom.times["models"] and often.times["samples"] > seldom.times["samples"]
+    assert estimate(plan, ANIMALS, samples=0).times["samples"] == 0
+
+
+@pytest.mark.parametrize("beside, more", [(0.0, 0.0), (500.0, 340.0)])
+def test_the_peak_may_come_before_the_first_step(monkeypatch, beside, more):
+    one = {"weights": 20.0, "gradients": 10.0, "optimizer": 20.0, "activations": 50.0}
+    run = SimpleNamespace(plan=Plan(), base=SimpleNamespace(shape=SimpleNamespace(vocab_size=1000), beside=beside), found={"fp32": one}, precision="fp32", labelled=True, asked=0, whole=40.0)
+    parts = memory_parts(run)
+    assert parts["more while loading"] == more and sum(parts.values()) == (500.0 if not beside else 840.0)
+
+
 def test_lines_through_two_points():
     assert line({"a": 10.0}, {"a": 16.0}, (1, 4), 30) == {"a": 68.0} and line({"a": 10.0}, {"a": 10.0}, (1, 1), 1) == {"a": 10.0}
     found = {"narrow": torch.tensor([1.0, 2.0]).numpy(), "wide": torch.tensor([3.0, 6.0]).numpy()}
@@ -67,7 +130,7 @@ def test_lines_through_two_points():
 
 def test_labels_and_shapes(base):
     said = estimate(Plan("tiny-bert", precision="fp32", share=0.25), LABELS)
-    assert said.parts["logits"] == 0 and said.times["samples"] == 0 and "parameters move" in str(said)
+    assert said.parts["logits"] == said.parts["held-out logits"] == 0 and "parameters move" in str(said)
     assert shape_of(base).n_layer == 6 and model_shape("smollm2-135m-instruct")["n_layer"] == 30
     assert smaller(Plan("tiny-gpt"), shape_of("tiny-gpt"), [], 2).config.n_layer == 2
     before = torch.get_rng_state()
