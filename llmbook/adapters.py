@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CONFIG', 'PREFIX', 'Pair', 'base_tensors', 'fingerprint', 'check_base', 'write_adapter', 'read_adapter',
-           'family', 'their_name', 'fuse', 'to_theirs', 'to_ours']
+           'refuse_pickle', 'family', 'their_name', 'fuse', 'to_theirs', 'to_ours']
 
 # %% ../nbs/07a0_adapter_files.ipynb #03f81099
 import hashlib
@@ -74,13 +74,16 @@ def write_adapter(
     write_atomic(folder / WEIGHTS, save({k: w.detach().cpu().contiguous() for k, w in weights.items()}, {"format": "pt", "llmbook_base": base_hash, "llmbook_version": version("llmbook")}))
     write_atomic(folder / CONFIG, json.dumps(whole, indent=2).encode())
 
-# %% ../nbs/07a0_adapter_files.ipynb #c53a183f
+# %% ../nbs/07a0_adapter_files.ipynb #695001d6
 def read_adapter(
     folder: Path,   # with adapter_config.json and adapter_model.safetensors
     kind: str,      # the `peft_type` that the caller understands, such as LORA
 ) -> tuple[dict, dict[str, torch.Tensor], str | None]:  # configuration, weights, the base's fingerprint where the book wrote it
     "Read an adapter. BookError for a folder without one, a pickle, an adapter of another kind, or a damaged file."
     folder = Path(folder)
+    if folder.is_file():
+        refuse_pickle(folder)
+        raise BookError(f"{folder} is a file, and an adapter is a folder with {CONFIG} and {WEIGHTS}: give the folder.")
     try: config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError: raise BookError(f"{folder} holds no adapter (there is no {CONFIG}): check the path.") from None
     except (OSError, ValueError): config = None
@@ -89,14 +92,24 @@ def read_adapter(
     return config, *_read_weights(folder)
 
 
+def refuse_pickle(
+    path: Path,     # of a file that isn't safetensors
+):
+    "BookError if a file is a pickle, by its first bytes; nothing of it is opened."
+    with path.open("rb") as f: start = f.read(2)
+    if start == b"PK" or start[:1] == b"\x80": raise BookError(f"{path} is a pickle, which can run code when it is opened: ask its maker for {WEIGHTS}.")
+
+
 def _read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], str | None]:
     "The tensors of an adapter, and its base's fingerprint."
     path = folder / WEIGHTS
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise BookError(f"{folder} holds its weights as a pickle (adapter_model.bin), which can run code when it is opened: ask its maker for {WEIGHTS}.")
+    old = folder / "adapter_model.bin"      # peft's name from before safetensors
+    if not path.exists() and old.exists(): refuse_pickle(old)
     try:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("llmbook_base")
-    except (OSError, SafetensorError) as e: raise BookError(f"{path} is missing or damaged ({str(e).splitlines()[0]}): get the file again.") from None
+    except (OSError, SafetensorError) as e:
+        if path.is_file(): refuse_pickle(path)
+        raise BookError(f"{path} is missing or damaged ({str(e).splitlines()[0]}): get the file again.") from None
 
 # %% ../nbs/07a0_adapter_files.ipynb #5df52f99
 PREFIX = "base_model.model."

@@ -44,7 +44,7 @@ class GrowingCache(KVCache):
         else: self.k[layer], self.v[layer] = (torch.cat([old[layer].to(new.dtype).expand(len(new), -1, -1, -1), new], 2) for old, new in ((self.k, k), (self.v, v)))
         return self.k[layer], self.v[layer]
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #5879b64d
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #079bbe16
 def check_room(
     base: nn.Module,    # must be a decoder
     tokens: int,        # P: virtual tokens
@@ -56,16 +56,21 @@ def check_room(
 
 
 class VirtualTokens(GPT):
-    "A frozen decoder with something learned in front of each text; a subclass gives `kind`, `flat` and `front`."
+    "A frozen decoder with something learned in front of each text; a subclass gives `kind` and `front`."
     kind = ""   # peft's name of the method
     asked_loss = asked_loss     # in training the frozen head's own gradients are left out
 
-    def __init__(self, base: GPT, tokens: int):
+    def __init__(
+        self,
+        base: GPT,              # is frozen
+        start: torch.Tensor,    # (P, …) first values
+    ):
         nn.Module.__init__(self)
-        check_room(base, tokens)
-        self.base, self.tokens = base.requires_grad_(False), tokens
-        self.config = replace(base.config, context=base.config.context - tokens)
+        check_room(base, len(start))
+        self.base, self.tokens = base.requires_grad_(False), len(start)
+        self.config = replace(base.config, context=base.config.context - self.tokens)
         self.base_name = getattr(base, "name", "")
+        self.embedding = nn.Embedding.from_pretrained(start.detach().clone(), freeze=False)     # as peft calls it
 
     @property
     def device(self) -> torch.device: return self.base.device
@@ -77,7 +82,7 @@ class VirtualTokens(GPT):
 
     def flat(self) -> torch.Tensor:
         "What is saved, with a row for each virtual token: (P, …)."
-        raise NotImplementedError
+        return self.embedding.weight
 
     def front(self) -> GrowingCache:
         "The keys and values that the virtual tokens leave in each layer, (1, H_kv, P, D)."
@@ -114,27 +119,15 @@ class VirtualTokens(GPT):
         "A virtual token's shape in the words of peft's configuration."
         return {"token_dim": self.config.n_embd, "num_attention_heads": self.config.n_head, "num_layers": self.config.n_layer}
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #c89a3c81
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #ea151d53
 class PromptTuning(VirtualTokens):
-    "Learned vectors before the token vectors of every text (Lester et al. 2021, section 2)."
+    "Learned vectors, (P, C), before the token vectors of every text (Lester et al. 2021, section 2)."
     kind = "PROMPT_TUNING"
-
-    def __init__(
-        self,
-        base: GPT,              # is frozen
-        start: torch.Tensor,    # (P, C) first values
-    ):
-        super().__init__(base, len(start))
-        self.prompt = nn.Parameter(start.detach().clone())
-
-    def flat(self) -> torch.Tensor:
-        "The prompt itself, (P, C)."
-        return self.prompt
 
     def front(self) -> GrowingCache:
         "The prompt's own way through the layers, once for all rows."
         base, cache, P, rotary = self.base, GrowingCache(), self.tokens, None
-        x = self.prompt[None]                                                                   # (1, P, C)
+        x = self.flat()[None]                                                                   # (1, P, C)
         if base.embed_positions is not None: x = x + base.embed_positions.weight[:P]
         else: rotary = base.cos[:P], base.sin[:P]
         x = base.dropout(x)
@@ -142,7 +135,7 @@ class PromptTuning(VirtualTokens):
         cache.advance(P)
         return cache
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #7f7814b5
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #a679feb8
 def prefix_width(
     config: GPTConfig,  # of the base
 ) -> int:               # 2·L·H_kv·D
@@ -168,20 +161,8 @@ def pack(
 
 
 class PrefixTuning(VirtualTokens):
-    "Learned keys and values in front of every layer's own (Li and Liang 2021, section 4.2)."
+    "Learned keys and values, (P, 2·L·H_kv·D), in front of every layer's own (Li and Liang 2021, section 4.2)."
     kind = "PREFIX_TUNING"
-
-    def __init__(
-        self,
-        base: GPT,              # is frozen
-        start: torch.Tensor,    # (P, 2·L·H_kv·D) first values
-    ):
-        super().__init__(base, len(start))
-        self.prefix = nn.Parameter(start.detach().clone())
-
-    def flat(self) -> torch.Tensor:
-        "The prefix itself, (P, 2·L·H_kv·D)."
-        return self.prefix
 
     def front(self) -> GrowingCache:
         "The prefix as a cache of one row."
@@ -192,7 +173,7 @@ class PrefixTuning(VirtualTokens):
         heads = self.config.n_kv_head or self.config.n_head
         return {"token_dim": heads * self.config.n_embd // self.config.n_head, "num_attention_heads": heads, "num_layers": self.config.n_layer, "prefix_projection": False}
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #8bc5d7f8
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #a2b31989
 class ProjectedPrefix(PrefixTuning):
     "A prefix that a two-layer MLP makes from an embedding while it is trained (Li and Liang 2021, section 4.3)."
 
@@ -202,11 +183,11 @@ class ProjectedPrefix(PrefixTuning):
         tokens: int,    # P
         hidden: int,    # width inside the MLP
     ):
-        VirtualTokens.__init__(self, base, tokens)
+        check_room(base, tokens)
         if not isinstance(hidden, int) or hidden < 1: raise BookError(f"hidden={hidden} can't be used: the MLP that makes a prefix needs a width of at least 1.")
-        width = prefix_width(base.config)
-        self.embedding = nn.Embedding(tokens, width // (2 * base.config.n_layer))
-        self.transform = nn.Sequential(nn.Linear(self.embedding.embedding_dim, hidden), nn.Tanh(), nn.Linear(hidden, width))
+        width, narrow = prefix_width(base.config), prefix_width(base.config) // (2 * base.config.n_layer)
+        super().__init__(base, torch.randn(tokens, narrow))
+        self.transform = nn.Sequential(nn.Linear(narrow, hidden), nn.Tanh(), nn.Linear(hidden, width))
 
     def flat(self) -> torch.Tensor:
         "What the MLP makes now, (P, 2·L·H_kv·D)."
@@ -238,7 +219,7 @@ def activations(base: GPT, vectors: torch.Tensor) -> torch.Tensor:
     "The keys and values that (P, C) leave in the layers of a base, as a prefix (P, 2·L·H_kv·D)."
     return pack(PromptTuning(base, vectors).front())
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #cf32a1fb
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #e1f3aad0
 def load_virtual(
     folder: Path,   # with an adapter of peft's format
     base: GPT,      # the model that it was made for; gets frozen
@@ -274,7 +255,7 @@ def prefix_model(
 ) -> PrefixTuning:
     "A base with a prefix to be trained."
     check_room(base, tokens)
-    if not hidden: return PrefixTuning(base, activations(base, prompt_model(base, tokens, init or "vocabulary", text).prompt))
+    if not hidden: return PrefixTuning(base, activations(base, prompt_model(base, tokens, init or "vocabulary", text).flat()))
     if init or text: raise BookError("A prefix that an MLP makes begins at random: leave out init and text, or hidden.")
     return ProjectedPrefix(base, tokens, hidden)
 

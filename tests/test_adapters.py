@@ -1,4 +1,5 @@
 """Adapter files: a base known by its fingerprint, peft's two files, low-rank pairs in fused matrices."""
+import pickle
 import subprocess
 import sys
 
@@ -48,11 +49,19 @@ def test_an_adapter_is_written_and_read(tmp_path):
 @pytest.mark.parametrize("spoil,said", [
     (lambda f: (f / CONFIG).unlink(), "no adapter"), (lambda f: (f / CONFIG).write_text("{"), "damaged"), (lambda f: (f / CONFIG).write_text("[]"), "damaged"),
     (lambda f: (f / CONFIG).write_text('{"peft_type": "IA3"}'), "IA3"), (lambda f: (f / WEIGHTS).unlink(), "missing"), (lambda f: (f / WEIGHTS).write_bytes(b"abc"), "damaged"),
-    (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickle")])
+    (lambda f: ((f / WEIGHTS).unlink(), torch.save({}, f / "adapter_model.bin")), "adapter_model.bin is a pickle"), (lambda f: torch.save({}, f / WEIGHTS), "is a pickle"), (lambda f: (f / WEIGHTS).write_bytes(pickle.dumps({})), "is a pickle"),
+    (lambda f: ((f / WEIGHTS).unlink(), (f / "adapter_model.bin").write_bytes(b"")), "missing"), (lambda f: (f / WEIGHTS).write_bytes(b""), "damaged")])
 def test_what_is_wrong_with_a_file_is_said_in_a_sentence(tmp_path, spoil, said):
     write_adapter(tmp_path, {"peft_type": "LORA"}, {"x": torch.zeros(1)}, "b", "00")
     spoil(tmp_path)
     with pytest.raises(BookError, match=said): read_adapter(tmp_path, "LORA")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    write_adapter(tmp_path, {"peft_type": "LORA"}, {"x": torch.zeros(1)}, "b", "00")
+    with pytest.raises(BookError, match="is a file, and an adapter is a folder"): read_adapter(tmp_path / WEIGHTS, "LORA")
+    torch.save({}, tmp_path / "whole.pt")
+    with pytest.raises(BookError, match="whole.pt is a pickle"): read_adapter(tmp_path / "whole.pt", "LORA")
 
 
 @settings(max_examples=40, deadline=None)

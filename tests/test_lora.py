@@ -252,5 +252,5 @@ def test_ranks_and_counts():
     torch.testing.assert_close(values, torch.linalg.svdvals(low.double()), atol=1e-6, rtol=1e-6)
     config = GPTConfig.llama(vocab_size=9, context=4, n_layer=3, n_head=2, n_kv_head=1, n_embd=8, n_inner=12)
     assert adapter_parameters(config, 2, ["q_proj", "k_proj"]) == 3 * 2 * (16 + 12)
-    for rank, targets in ((0, "all-linear"), (5, ["k_proj"]), (2, ["query"])):
-        with pytest.raises(BookError): adapter_parameters(config, rank, targets)
+    for rank, targets, said in ((0, "all-linear", "choose 1 to 4"), (5, ["k_proj"], "choose 1 to 4"), (2, ["query"], "a matrix 'query'")):
+        with pytest.raises(BookError, match=said): adapter_parameters(config, rank, targets)

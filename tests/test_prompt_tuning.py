@@ -117,7 +117,7 @@ def damaged(saved, how):
     if how == "kind": config["peft_type"] = "LORA"
     (saved / "adapter_config.json").write_text(json.dumps(config))
     save_file(weights, saved / "adapter_model.safetensors")
-    if how == "pickle": (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
+    if how == "pickle": (saved / "adapter_model.safetensors").unlink(), torch.save(weights, saved / "adapter_model.bin")
     if how == "cut off": (saved / "adapter_model.safetensors").write_bytes(b"no")
 
 
