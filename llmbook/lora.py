@@ -248,13 +248,13 @@ def frozen_head_loss(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False): return FrozenHead.apply(hidden.to(dtype), weight.to(dtype), targets)
 
-# %% ../nbs/07_lora.ipynb #0aeac9cf
-def asked_loss(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    "(B, T), (B, T) → mean nats over the targets that aren't −100, of a model around a base; the head's gradients aren't asked for where it is frozen."
+# %% ../nbs/07_lora.ipynb #d5b34675
+def asked_loss(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+    "(B, T) each → mean nats over the targets that aren't −100, of a model around a base; the head's gradients aren't asked for where it is frozen."
     base, asked = model.base, targets != -100
     weight = base.embed_tokens.weight if base.lm_head is None else getattr(base.lm_head, "weight", None)
-    if weight is None or weight.requires_grad: return F.cross_entropy(*model.scored(ids, targets))
-    return frozen_head_loss(model.hidden(ids)[asked], weight, targets[asked])
+    if weight is None or weight.requires_grad: return F.cross_entropy(*model.scored(ids, targets, documents))
+    return frozen_head_loss(model.hidden(ids, documents=documents)[asked], weight, targets[asked])
 
 class Asked(Adapted):
     "An adapted decoder whose loss makes use of its frozen head."

@@ -403,7 +403,7 @@ def write_task(path: Path, rows: Iterable[Row]):
     half.write_bytes(dump_rows([r.model_dump(exclude_none=True) for r in rows], kind))
     os.replace(half, path)
 
-# %% ../nbs/06a_task_data.ipynb #5879c2ae
+# %% ../nbs/06a_task_data.ipynb #e8876cee
 _ASK = "Answer the question about the passage with yes or no."
 
 def boolq_row(r: dict, format: str) -> Row:
@@ -415,16 +415,16 @@ def boolq_row(r: dict, format: str) -> Row:
     return Chat(messages=[dict(role="user", content=f"{_ASK}\n\n{r['passage']}\n\n{question}"), dict(role="assistant", content=f"{answer}.")])
 
 def sample_rows(
-    name: str = "rotten-tomatoes",  # or boolq
+    name: str = "rotten-tomatoes",  # or boolq or reuters-r8
     format: str = "labelled",       # boolq: any of FORMATS
     n: int | None = None,           # so many, drawn at random; None: all
     seed: int = 0,                  # of the draw
 ) -> list[Row]:
     "Rows of a labelled set of the catalogue as examples for fine-tuning."
-    if format not in FORMATS or (name == "rotten-tomatoes" and format != "labelled"): raise BookError(f"{name} doesn't come in the format {format!r}: choose {'one of ' + ', '.join(FORMATS) if name == 'boolq' else 'labelled'}.")
+    if format not in FORMATS or (name != "boolq" and format != "labelled"): raise BookError(f"{name} doesn't come in the format {format!r}: choose {'one of ' + ', '.join(FORMATS) if name == 'boolq' else 'labelled'}.")
     found = catalogue_rows(name)
     if n is not None: found = random.Random(seed).sample(found, min(n, len(found)))
-    return [Labelled(**r) if name == "rotten-tomatoes" else boolq_row(r, format) for r in found]
+    return [boolq_row(r, format) if name == "boolq" else Labelled(**r) for r in found]
 
 # %% ../nbs/06a_task_data.ipynb #7981b3e9
 _SPLINTERS = [b'"', b",", b"{", b"}", b"[", b"]", b"\n", b"\\", b":", b"null", b"NaN", b"1e999", b"\xff", b"\x00", b"\xef\xbb\xbf", b"\\ud800", b"[" * 2000, b"'", b" ", b";", b"\xe2\x80\x9c", b"9" * 5000, b"<script>"]

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmbook import corpora
-from llmbook.corpora import (CATALOGUE, BookError, Entry, TokenStream, WindowSampler, documents, extract_members, fetch, lookup, rows,
+from llmbook.corpora import (CATALOGUE, BookError, Entry, TokenStream, WindowSampler, documents, extract_members, fetch, lookup, news_texts, rows,
                              split_documents, synthetic_documents, write_stream)
 
 many = settings(max_examples=60, deadline=None)
@@ -276,3 +276,11 @@ def test_counting_bytes_while_folders_come_and_go(tmp_path):
     finally:
         done.set()
         worker.join()
+
+
+def test_news_have_a_topic_and_a_part(tmp_path):
+    folder = corpora.entry_folder("reuters-r8", tmp_path)
+    folder.mkdir(parents=True)
+    for part, lines in (("train", "earn\tprofit up reuter \nship\tport closed reuter \n"), ("test", "earn\tloss reuter \n")): (folder / f"reuters-r8-{part}.tab").write_text("Category\tText\nd\tstring\nclass\t\n" + lines)
+    assert [(r["label"], r["part"]) for r in news_texts(tmp_path)] == [("earn", "train"), ("ship", "train"), ("earn", "test")]
+    assert rows("reuters-r8", tmp_path)[1] == {"text": "port closed reuter", "label": "ship"}

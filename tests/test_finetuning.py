@@ -18,8 +18,11 @@ from llmbook.finetuning import (
     Plan,
     answer_loss,
     answer_nats,
+    asked_prompt,
+    choice_nats,
     dealt,
     evaluate,
+    fewest_places,
     fine_tuner,
     finetune,
     method_named,
@@ -28,6 +31,7 @@ from llmbook.finetuning import (
 )
 from llmbook.gpt import GPT
 from llmbook.objectives import IGNORE
+from llmbook.pretrained import pretrained_tokenizer
 from llmbook.task_data import Alpaca, Chat
 
 
@@ -63,6 +67,58 @@ def test_a_loss_at_answers_is_the_whole_loss(base):
     costs = answer_nats(model, rows)
     assert costs[:, 1].tolist() == [5, 5]
     torch.testing.assert_close(costs[:, 0].sum() / costs[:, 1].sum(), model.loss(**batch).double(), atol=1e-5, rtol=1e-5)
+
+
+def odd_examples(n: int, seed: int = 0) -> list[Example]:
+    "Examples of 2 to 60 tokens of which some are asked."
+    rng = np.random.default_rng(seed)
+    made = [rng.integers(5, 250, size=T + 1).tolist() for T in rng.integers(2, 61, size=n)]
+    return [Example(ids[:-1], [IGNORE] * (cut := int(rng.integers(len(ids) - 1))) + ids[cut + 1:]) for ids in made]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_shared_rows_teach_what_rows_alone_teach(base, method, share):
+    torch.manual_seed(0)
+    model = method_named(method).prepare(GPT.from_pretrained(base))
+    moving = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad(): [p.normal_(std=0.05) for p in moving if not p.any()]   # LoRA begins at zero, where half of the gradients are
+    old, found = np.arange(5, 205), {}
+    for room in (0, 64):
+        rows = AnswerRows(odd_examples(20), model.config.vocab_size, old, share, room)
+        batch = rows.batch(range(20), torch.Generator().manual_seed(0))
+        loss = answer_loss(model)(**batch)
+        found[room] = [loss.detach(), *torch.autograd.grad(loss, moving)], int((batch["targets"] != IGNORE).sum()), batch["ids"].numel()
+    for alone, packed in zip(found[0][0], found[64][0]): torch.testing.assert_close(packed, alone, rtol=1e-3, atol=1e-5)
+    assert found[0][1] == found[64][1] and found[64][2] < 0.8 * found[0][2]
+
+
+@pytest.mark.parametrize("room", [60, 64, 200, 1000])
+def test_every_example_has_its_place_in_a_shared_row(room):
+    lengths = [len(e.ids) for e in odd_examples(33, seed=room)]
+    rows = fewest_places(lengths, room)
+    assert sorted(i for row in rows for i in row) == list(range(33)) and max(sum(lengths[i] for i in row) for row in rows) <= room
+    places = lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+    assert places(rows) <= max(lengths) * 33, "never more than without sharing"
+
+
+def test_a_packed_run_goes_on_and_can_be_opened(base, tmp_path):
+    kw = dict(progress=False, checkpoint_every=5, steps=12)
+    whole = finetune(plan(base, pack=True), ANIMALS, tmp_path / "whole", **kw)
+    broken = fine_tuner(plan(base, pack=True), ANIMALS, tmp_path / "broken", **kw)
+    pull_the_plug(broken, 7)
+    resumed = finetune(plan(base, pack=True), ANIMALS, tmp_path / "broken", **kw)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()): assert torch.equal(a, b)
+    assert evaluate(tmp_path / "whole", ANIMALS)["loss"][0] == evaluate(tmp_path / "broken", ANIMALS)["loss"][0]
+    with pytest.raises(BookError, match="room"): finetune(plan(base), ANIMALS, tmp_path / "whole", **kw)
+
+
+def test_a_choice_costs_its_first_token(base):
+    model, tokenizer = GPT.from_pretrained(base).eval(), pretrained_tokenizer(base)
+    found = choice_nats(model, tokenizer, ANIMALS.rows, [" meow", " woof"], batch=5)
+    for row, costs in zip(ANIMALS.rows, found):
+        logits = model(torch.tensor([asked_prompt(row, tokenizer)]))[0, -1].detach().double()
+        torch.testing.assert_close(costs, logits.logsumexp(0) - logits[[tokenizer.encode(c)[0] for c in (" meow", " woof")]], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("data,kind", [(ANIMALS, "completion"), (LABELS, "labelled"),
@@ -126,7 +182,10 @@ def test_a_method_plugs_in(base, tmp_path, monkeypatch):
     (lambda base, tmp: evaluate(base, LABELS), "answers"),
     (lambda base, tmp: evaluate(tmp / "none", ANIMALS), "none"),
     (lambda base, tmp: AnswerRows([Example([1, 2], [2, 3])] * 2, 10, None, 0.5), "no old text"),
-    (lambda base, tmp: AnswerRows([Example([1, 2], [2, 3])] * 2, 10, np.arange(5), 1.0), "share")])
+    (lambda base, tmp: AnswerRows([Example([1, 2], [2, 3])] * 2, 10, np.arange(5), 1.0), "share"),
+    (lambda base, tmp: finetune(plan(base, pack=True), LABELS, tmp), "leave pack out"),
+    (lambda base, tmp: finetune(plan(base, pack=True, method="prefix"), ANIMALS, tmp), "leave pack out"),
+    (lambda base, tmp: choice_nats(GPT.from_pretrained(base), pretrained_tokenizer(base), ANIMALS.rows, [" meow", " meow."]), "begin alike")])
 def test_bad_input_is_a_sentence(base, tmp_path, doing, said):
     with pytest.raises(BookError, match=said): doing(base, tmp_path / "run")
 
