@@ -28,7 +28,7 @@ def _options(pairs: Sequence[str]) -> dict:
         except ValueError: out[name] = value
     return out
 
-# %% ../nbs/A32_cli_tuning.ipynb #337fa316
+# %% ../nbs/A32_cli_tuning.ipynb #4cd78d17
 @dataclass
 class FinetuneCommand:
     """Fine-tune a pretrained model on a file of examples, into one folder; the same command again resumes.
@@ -52,6 +52,7 @@ class FinetuneCommand:
     lr: float | None = None         # the highest learning rate; none: the method's usual one
     length: int | None = None       # tokens of a row at most; none: 256, or the model's context if that is less
     balance: bool = False           # labels count alike, however many rows each has
+    pack: bool = False              # a step's rows share places, each reading only itself: less filling
     rehearse: str = ""              # a text of the catalogue that shall not be forgotten
     rehearsed: float = 0.25         # share of the asked tokens that are taken from it
     repair: bool = False            # mend faults of the files that can be mended for certain
@@ -69,7 +70,7 @@ class FinetuneCommand:
         data = read_task(self.data, repair=self.repair)
         print(f"{self.data}: {data!r}")
         for note in data.notes[:10]: print(f"  {note}")
-        plan = Plan(self.base, self.method, self.epochs, self.batch_size, self.lr, self.length, self.share, self.rehearse, self.rehearsed, self.balance, self.precision, self.seed, _options(self.option), self.device)
+        plan = Plan(self.base, self.method, self.epochs, self.batch_size, self.lr, self.length, self.share, self.rehearse, self.rehearsed, self.balance, self.precision, self.seed, _options(self.option), self.device, self.pack)
         given = dict(valid=self.valid, repair=self.repair, accumulate=self.accumulate, optimizer=self.optimizer, recompute=self.recompute)
         if self.detach:
             now = start(plan, self.data, self.out, **given)
