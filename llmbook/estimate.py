@@ -223,12 +223,12 @@ def words_written(tokenizer) -> np.ndarray:  # seconds (processor, wall)
     "What a tokenizer takes to be written beside a model."
     with tempfile.TemporaryDirectory() as tmp: return quickest(lambda: getattr(tokenizer, "to_tokenizer_json", tokenizer.save)(Path(tmp) / "tokenizer.json"))
 
-# %% ../nbs/10b_estimate.ipynb #e5454a47
+# %% ../nbs/10b_estimate.ipynb #4c575425
 def batch_tokens(rows, batch_size: int, seed: int, steps: int) -> tuple[np.ndarray, list[np.ndarray]]:
     "Tokens of each batch of a run, filling included, and two of its batches: the median one and the largest."
-    sampler = RowSampler(rows.lengths, batch_size, seed)
+    sampler = RowSampler(rows.lengths, batch_size, seed, rows.stretch)
     picked = [sampler.next() for _ in range(min(steps, 4 * len(sampler.batches)))]
-    tokens = np.array([len(p) * rows.lengths[p].max() for p in picked])
+    tokens = np.array([rows.batch(p)["ids"].numel() for p in picked])
     order = np.argsort(tokens, kind="stable")
     return np.resize(tokens, steps), [picked[order[len(order) // 4]], picked[order[-1]]]
 
@@ -263,7 +263,7 @@ class Estimate:
 
     def __str__(self) -> str: return f"{self.trainable:,} of {self.parameters:,} parameters move; about {self.memory_mb:,.0f} MB and {self.seconds / 60:.1f} minutes for {self.steps:,} steps in {self.precision}"
 
-# %% ../nbs/10b_estimate.ipynb #a84ed1a8
+# %% ../nbs/10b_estimate.ipynb #72958f9e
 def room(plan: Plan, shape) -> int:
     "Tokens that a row may have: the context, less what a method puts in front."
     return getattr(shape, "context", 256) - (plan.options.get("tokens", 16) if plan.method in ("prompt", "prefix") else 0)
@@ -274,7 +274,8 @@ def rows_of(plan: Plan, data: TaskData, valid: TaskData | None, base: Base) -> t
     context = room(plan, base.shape)
     if (plan.length or 0) > context: raise BookError(f"length={plan.length} is more than the {context} tokens that {plan.base} can read: choose a smaller length.")
     task = {"format": data.format, "labels": data.labels, "length": int(plan.length or min(256, context))}
-    return tuple(task_rows(part, task, base.tokenizer) for part in ((data, valid) if valid is not None else dealt(data, plan.share)))
+    train, held = (data, valid) if valid is not None else dealt(data, plan.share)
+    return task_rows(train, task, base.tokenizer, pack=plan.pack), task_rows(held, task, base.tokenizer)
 
 
 def tried(plan: Plan, shape, labels: list[str], batches: list[dict], held: dict, prompt: list[int], config: TrainConfig) -> tuple[str, dict[str, dict]]:
