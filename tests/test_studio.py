@@ -139,6 +139,7 @@ def counting(patient, monkeypatch):
     "That page, and what it would have started."
     began = []
     monkeypatch.setattr(jobs, "start", lambda plan, raw, folder, name, repair: began.append((raw, repair)))
+    monkeypatch.setattr("llmbook.estimate.estimate", lambda plan, data: None)   # a second each
     return patient, began
 
 
