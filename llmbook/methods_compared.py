@@ -149,10 +149,11 @@ def untouched(plan: Plan, name: str, data: dict[str, TaskData]) -> Run:
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"): return answer_nats(model, task_rows(data[part], {**task, "format": data[part].format}, tokenizer), 16)
     return Run(name, 0.0, plan.seed, 0, 0, 0, 0.0, True, nats(costs("valid")), costs("test").tolist())
 
-# %% ../nbs/09b_methods_compared.ipynb #88e61be4
+# %% ../nbs/09b_methods_compared.ipynb #a64d0589
 def key_of(plan: Plan, name: str, data: dict[str, TaskData]) -> str:
     "A name for a run by what it follows from."
-    told = json.dumps([name, asdict(plan), {part: [r.model_dump() for r in d.rows] for part, d in data.items()}], sort_keys=True)
+    settings = {k: v for k, v in asdict(plan).items() if k != "pack" or v}     # runs from before a plan could pack are the same runs
+    told = json.dumps([name, settings, {part: [r.model_dump() for r in d.rows] for part, d in data.items()}], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
