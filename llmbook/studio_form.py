@@ -248,7 +248,7 @@ class PreviewSection(Section):
         data, asked = judged.mended if judged.mended is not None else judged.seen.data, self.asked
         if data.labels or facts.writes: self.think("Cutting into tokens …", lambda: look(data, facts, length), lambda html: setattr(self.told, "value", html) if asked == self.asked else None)
 
-# %% ../nbs/10d1_studio_form.ipynb #d59abe99
+# %% ../nbs/10d1_studio_form.ipynb #058f799a
 def estimate_html(e) -> str:
     "What a run will take, as an `Estimate` says it."
     parts = " + ".join(f"{escape(str(part))} {mb:,.0f}" for part, mb in e.parts.items())
@@ -320,7 +320,7 @@ def begin(plan: Plan, data: TaskData, judged: Judged, root: Path, name: str, exp
     module = later("estimate")
     if module and expected is None: expected = module.estimate(plan, data)
     folder = jobs.new_folder(root, name)
-    if expected: write_atomic(folder / "estimate.json", json.dumps({k: getattr(expected, k) for k in ("memory_mb", "seconds", "trainable")}).encode())
+    if expected: write_atomic(folder / "estimate.json", json.dumps({k: getattr(expected, k) for k in ("memory_mb", "cpu_seconds", "seconds", "trainable")}).encode())
     try: return jobs.start(plan, judged.raw, folder, name=judged.called, repair=judged.mended is not None)
     except BaseException:
         if not (folder / SPEC).exists(): shutil.rmtree(folder, ignore_errors=True)

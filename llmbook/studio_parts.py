@@ -233,7 +233,7 @@ def check_fit(plan: Plan, facts: ModelFacts, data: TaskData):
     if (plan.length or 0) > facts.context: raise BookError(f"Tokens a row: {plan.length} is more than the {facts.context} that {show_name(facts.name, 80)} can read: write a smaller number.")
     dealt(data, plan.share)
 
-# %% ../nbs/10d0_studio_parts.ipynb #902cebaa
+# %% ../nbs/10d0_studio_parts.ipynb #d2cedcbd
 def duration(seconds: float | None) -> str:
     "Seconds as a person would say them."
     if seconds is None: return "–"
@@ -284,7 +284,7 @@ class RunView:
         return {name: ([e["step"] for e in found], [float(f"{e[key]:.4g}") for e in found]) for (name, found), key in zip(rows.items(), ("loss", "valid_loss"))}
 
     def seconds(self) -> float | None:
-        "From the first step of a process to its last, all processes together; without waiting in a queue."
+        "From the first step of a process to its last, all processes together; without waiting in a queue, and without what comes before the first step."
         total, began = 0.0, None
         for e in self.told:
             if e["kind"] == "begin": began = e["time"]
@@ -311,8 +311,11 @@ class RunView:
     def measured(self, estimate: dict) -> str:
         "What was expected beside what was measured, once the run has ended."
         end, begin, peak = self.last("end"), self.last("begin"), max((e["peak_mb"] for e in self.told if "peak_mb" in e), default=None)
-        pairs = {"memory, MB": (estimate.get("memory_mb"), peak), "seconds": (estimate.get("seconds"), self.seconds()), "parameters that move": (estimate.get("trainable"), begin.get("trainable"))}
-        rows = [{"": what, "estimated": "–" if a is None else float(a), "measured": "–" if b is None else float(b)} for what, (a, b) in pairs.items()]
+        used = sum(e.get("cpu_seconds", 0) for e in self.told if e["kind"] == "end") or None
+        pairs = {"memory, MB": (estimate.get("memory_mb"), peak), "seconds of the processor": (estimate.get("cpu_seconds"), used), "seconds by the clock": (estimate.get("seconds"), self.seconds()),
+                 "parameters that move": (estimate.get("trainable"), begin.get("trainable"))}
+        said = "estimated" if end.get("state") == "finished" else "estimated, to the end"
+        rows = [{"": what, said: "–" if a is None else float(a), "measured": "–" if b is None else float(b)} for what, (a, b) in pairs.items()]
         return Table(rows).html if end else ""
 
 # %% ../nbs/10d0_studio_parts.ipynb #cd18fc27

@@ -394,7 +394,7 @@ def test_a_run_that_is_not_finished_cannot_be_asked(opened, base):
 
 def test_measured_beside_the_estimate(opened, base, here, monkeypatch):
     asked = []
-    module = SimpleNamespace(estimate=lambda plan, data, **settings: asked.append(plan) or SimpleNamespace(parameters=1000, trainable=10, memory_mb=321.0, seconds=4.0, parts={EVIL: 1.0}))
+    module = SimpleNamespace(estimate=lambda plan, data, **settings: asked.append(plan) or SimpleNamespace(parameters=1000, trainable=10, memory_mb=321.0, cpu_seconds=3.0, seconds=4.0, parts={EVIL: 1.0}))
     monkeypatch.setattr(studio_form, "later", lambda name: module)
     page = opened()
     ready(page, base)
@@ -418,14 +418,14 @@ def test_a_run_of_several_processes_is_measured_whole(tmp_path):
     for step, peak in ((0, 900.0), (3, 700.0)):
         events.write("begin", step=step, trainable=5)
         for k in (1, 2, 3): events.write("progress", step=step + k, loss=1.0)
-        events.write("end", state="stopped", step=step + 3, peak_mb=peak)
+        events.write("end", state="stopped", step=step + 3, peak_mb=peak, cpu_seconds=step + 7.0)
     events.close()
     one, other = RunView(tmp_path), RunView(tmp_path)
     one.read()
     found = read_events(tmp_path / EVENTS)[0]
     for k in range(len(found)): other.told, other.events = found[:k + 1], lived(found[k:k + 1], other.events)
     assert one.events == other.events == lived(found), "event by event, or all at once"
-    assert "<td>900</td>" in one.measured({}) and "<td>5</td>" in one.measured({})
+    assert all(f"<td>{n}</td>" in one.measured({}) for n in (900, 17, 5)) and "to the end" in one.measured({})
 
 
 def test_the_estimate_counts_what_the_run_then_moves(opened, base, here):
