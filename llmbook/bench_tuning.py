@@ -141,7 +141,7 @@ def prompt_step():
     book = prompt_model(GPT.from_pretrained("smollm2-135m-instruct"), 16).train()
     with contextlib.redirect_stderr(io.StringIO()): other = hf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     other = peft.get_peft_model(other, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)).train()
-    with torch.no_grad(): other.prompt_encoder["default"].embedding.weight.copy_(book.prompt)
+    with torch.no_grad(): other.prompt_encoder["default"].embedding.weight.copy_(book.embedding.weight)
     shifted = torch.cat([torch.full((4, 16), -100), targets], 1)
     ours, theirs = _lora_call(book, lambda: book.asked_loss(ids, targets), "bf16"), _lora_call(other, lambda: other(input_ids=ids, attention_mask=torch.ones_like(ids), labels=targets, shift_labels=shifted).loss, "bf16")
     return ours, theirs, 512, {"difference of the first losses": f"{abs(ours() - theirs()):.1e}"}
