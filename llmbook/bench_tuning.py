@@ -126,7 +126,7 @@ def lora_step(): "In bf16."; return _lora_case("bf16")
 
 def lora_step_fp32(): "In fp32."; return _lora_case("fp32")
 
-# %% ../nbs/A43_bench_tuning.ipynb #edaf1c04
+# %% ../nbs/A43_bench_tuning.ipynb #fbc63efb
 def prompt_step():
     "A step of prompt tuning; the first losses are compared before."
     import peft
