@@ -21,7 +21,7 @@ from .corpora import BookError
 try: import fcntl
 except ImportError: fcntl = None    # Windows
 
-# %% ../nbs/10a0_job_folder.ipynb #fedb9e15
+# %% ../nbs/10a0_job_folder.ipynb #958f6b6c
 def gets(fd: int, shared: bool = False) -> bool:
     "Whether an open file gets its lock at once. BookError if the system has no such locks."
     if fcntl is None: raise BookError("Runs in the background need the file locks of Linux or macOS, which Windows doesn't have: use WSL, or train in the foreground.")
@@ -44,11 +44,12 @@ def take(
     path: Path,             # the lock's file; made if it isn't there
     seconds: float = 1.0,   # to wait for those who only ask
 ) -> int:                   # the open file, which is the lock: close it, or die, to free it
-    "Hold a lock. BookError if another process keeps it."
+    "Hold a lock, and empty its file: who holds it has not said so yet. BookError if another process keeps it."
     fd, until = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + seconds
     while not gets(fd):
         if time.monotonic() > until: os.close(fd); raise BookError(f"Another process works in {path.parent}: wait for it, or stop it.")
         time.sleep(0.01)
+    os.ftruncate(fd, 0)
     return fd
 
 
@@ -155,7 +156,7 @@ class Status:
     left: float | None = None   # seconds until the end, if it runs
     ticket: int = 0             # its place in the order
 
-# %% ../nbs/10a0_job_folder.ipynb #500ec5f8
+# %% ../nbs/10a0_job_folder.ipynb #37746bd2
 def newest_step(folder: Path) -> int | None:
     "The step of the newest checkpoint by its name; None: there is none."
     return max((int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()), default=None)
@@ -165,8 +166,8 @@ def look(folder: Path) -> tuple[str, dict, list[dict]]:
     "State, record and last events of a run, from facts."
     while True:
         alive = held(folder / LOCK)     # first
-        turn, said = read_json(folder / TURN), last_events(folder)
-        state = state_of(alive, turn if "state" in turn else {}, (folder / STOP).exists(), said[-1]["kind"] if said else "queued")
+        turn, said, named = read_json(folder / TURN), last_events(folder), bool(read_json(folder / LOCK))
+        state = state_of(alive, turn if "state" in turn else {}, (folder / STOP).exists(), said[-1]["kind"] if said and named else "queued")     # who holds the lock without a name only lines it up
         if state != "lost" or not held(folder / LOCK): return state, turn, said
 
 
