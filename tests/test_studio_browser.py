@@ -302,7 +302,7 @@ class Until(Callback):
 def killed_and_whole(studio, folder: Path, rounds: list[tuple[str, ...]], rng: random.Random):
     "Kill things while a run trains; stop it, and compare with a run that nobody disturbed: weights, optimizer, place in the data and random numbers, bit for bit."
     rows_ = "".join(json.dumps({"prompt": f"The {('cat', 'dog')[i % 2]} number {i} says", "completion": (" meow", " woof")[i % 2]}) + "\n" for i in range(24)).encode()
-    plan, settings, run = Plan(str(small_base(folder / "base")), epochs=1_000_000, lr=1e-3, precision="fp32"), {"warmup": 0, "eval_every": 1000, "checkpoint_every": 20}, studio.root / "long"
+    plan, settings, run = Plan(str(small_base(folder / "base")), epochs=1_000_000, lr=1e-6, precision="fp32"), {"warmup": 0, "eval_every": 1000, "checkpoint_every": 20}, studio.root / "long"
     jobs.start(plan, rows_, run, **settings)
     reader = studio.open()
     reader.wait_for(lambda: reader.points() > 1, "a curve")
