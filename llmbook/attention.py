@@ -6,7 +6,7 @@
 __all__ = ['SHORT', 'causal_mask', 'places_in', 'document_mask', 'attention_loop', 'attention', 'sinusoidal', 'rotary_tables',
            'rotate', 'KVCache', 'attend', 'MultiHeadAttention']
 
-# %% ../nbs/02a_attention.ipynb #4ffcfa09
+# %% ../nbs/02a_attention.ipynb #3b45f008
 import math
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .corpora import BookError
+from .products import Linear
 
 # %% ../nbs/02a_attention.ipynb #d5e2cd6f
 def causal_mask(
@@ -150,7 +151,7 @@ def attend(
     if mask is not None: scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
     return F.dropout(scores.softmax(-1), dropout) @ v
 
-# %% ../nbs/02a_attention.ipynb #418e0ada
+# %% ../nbs/02a_attention.ipynb #41d4cc1a
 class MultiHeadAttention(nn.Module):
     "Causal multi-head attention with grouped queries, optional rotary positions and an optional cache."
     def __init__(
@@ -165,10 +166,10 @@ class MultiHeadAttention(nn.Module):
         n_kv_head = n_kv_head or n_head
         if n_embd % n_head or n_head % n_kv_head: raise BookError(f"n_embd={n_embd}, n_head={n_head} and n_kv_head={n_kv_head} don't fit: heads must divide the width, and key/value heads must divide heads.")
         self.n_embd, self.n_head, self.n_kv_head, self.D, self.dropout = n_embd, n_head, n_kv_head, n_embd // n_head, dropout
-        self.q_proj = nn.Linear(n_embd, n_head * self.D, bias)
-        self.k_proj = nn.Linear(n_embd, n_kv_head * self.D, bias)
-        self.v_proj = nn.Linear(n_embd, n_kv_head * self.D, bias)
-        self.o_proj = nn.Linear(n_embd, n_embd, bias)
+        self.q_proj = Linear(n_embd, n_head * self.D, bias)
+        self.k_proj = Linear(n_embd, n_kv_head * self.D, bias)
+        self.v_proj = Linear(n_embd, n_kv_head * self.D, bias)
+        self.o_proj = Linear(n_embd, n_embd, bias)
 
     def heads(self, x: torch.Tensor, rotary=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Queries (B, H, T, D), keys and values (B, H_kv, T, D), turned by the positions where `rotary` gives (cos, sin)."

@@ -7,7 +7,7 @@ __all__ = ['POSITIONS', 'BertConfig', 'bert_shape', 'BertEmbeddings', 'BertSelfA
            'small_weights', 'MaskedLMHead', 'BertForPreTraining', 'BertForSequenceClassification',
            'BertForTokenClassification', 'bert_weights', 'load_bert', 'save_bert']
 
-# %% ../nbs/02c_bert.ipynb #d707de4e
+# %% ../nbs/02c_bert.ipynb #15bdef28
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .attention import attend, rotary_tables, rotate
 from .corpora import BookError
 from .pretrained import load_exactly, locate, read_folder, write_folder
+from .products import Linear, linear
 
 # %% ../nbs/02c_bert.ipynb #19a86951
 POSITIONS = {"learned": "absolute", "rope": "rotary"}  # our names, and those in a config.json
@@ -81,13 +82,13 @@ class BertEmbeddings(nn.Module):
         if self.position_embeddings is not None: x = x + self.position_embeddings.weight[:ids.shape[1]]
         return self.dropout(self.LayerNorm(x))
 
-# %% ../nbs/02c_bert.ipynb #82ca47bb
+# %% ../nbs/02c_bert.ipynb #70ce6d4d
 class BertSelfAttention(nn.Module):
     "Multi-head attention in both directions; keys that are only filling are left out."
     def __init__(self, config: BertConfig):
         super().__init__()
         self.n_head, self.p, self.theta = config.n_head, config.dropout, config.rope_theta if config.position == "rope" else None
-        self.query, self.key, self.value = (nn.Linear(config.n_embd, config.n_embd) for _ in range(3))
+        self.query, self.key, self.value = (Linear(config.n_embd, config.n_embd) for _ in range(3))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         "(B, T, C), True where (B, 1, 1, T) may be looked at → (B, T, C)"
@@ -97,12 +98,12 @@ class BertSelfAttention(nn.Module):
         out = attend(q, k, v, mask, dropout=self.p if self.training else 0.0)
         return out.transpose(1, 2).reshape(B, T, C)
 
-# %% ../nbs/02c_bert.ipynb #29a95719
+# %% ../nbs/02c_bert.ipynb #69f32bfa
 class AddNorm(nn.Module):
     "Add a branch to the stream and normalize the sum (Vaswani et al. 2017, section 3.1)."
     def __init__(self, width: int, config: BertConfig):
         super().__init__()
-        self.dense, self.LayerNorm = nn.Linear(width, config.n_embd), nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.dense, self.LayerNorm = Linear(width, config.n_embd), nn.LayerNorm(config.n_embd, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,7 @@ class BertLayer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.attention = nn.ModuleDict({"self": BertSelfAttention(config), "output": AddNorm(config.n_embd, config)})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.n_embd, config.n_inner)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(config.n_embd, config.n_inner)})
         self.output = AddNorm(config.n_inner, config)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -122,14 +123,14 @@ class BertLayer(nn.Module):
         x = self.attention["output"](self.attention["self"](x, mask), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
-# %% ../nbs/02c_bert.ipynb #270534d6
+# %% ../nbs/02c_bert.ipynb #e8e36f23
 class Bert(nn.Module):
     "An encoder of the BERT family (Devlin et al. 2018): a vector for each token, seen from both sides."
     def __init__(self, config: BertConfig, pooler: bool = True):
         super().__init__()
         self.config, self.embeddings = config, BertEmbeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(config) for _ in range(config.n_layer))})
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.n_embd, config.n_embd)}) if pooler else None
+        self.pooler = nn.ModuleDict({"dense": Linear(config.n_embd, config.n_embd)}) if pooler else None
         self.apply(partial(small_weights, std=config.init_std))
 
     def forward(self, ids: torch.Tensor, segments: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -159,25 +160,25 @@ def small_weights(module: nn.Module, std: float = 0.02):
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)
 
-# %% ../nbs/02c_bert.ipynb #fc4ae202
+# %% ../nbs/02c_bert.ipynb #0df6dc72
 class MaskedLMHead(nn.Module):
     "Vectors to logits: a dense layer with GELU and a norm, then the token table and a bias."
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.transform = nn.ModuleDict({"dense": nn.Linear(config.n_embd, config.n_embd), "LayerNorm": nn.LayerNorm(config.n_embd, eps=config.norm_eps)})
+        self.transform = nn.ModuleDict({"dense": Linear(config.n_embd, config.n_embd), "LayerNorm": nn.LayerNorm(config.n_embd, eps=config.norm_eps)})
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.apply(partial(small_weights, std=config.init_std))
 
     def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         "(…, C), (V, C) → (…, V)"
-        return F.linear(self.transform["LayerNorm"](F.gelu(self.transform["dense"](x))), table, self.bias)
+        return linear(self.transform["LayerNorm"](F.gelu(self.transform["dense"](x))), table, self.bias)
 
 class BertForPreTraining(nn.Module):
     "BERT with the two questions of its pre-training; without a pooler only the first is asked."
     def __init__(self, bert: Bert):
         super().__init__()
         self.bert, self.cls = bert, nn.ModuleDict({"predictions": MaskedLMHead(bert.config)})
-        if bert.pooler is not None: self.cls["seq_relationship"] = nn.Linear(bert.config.n_embd, 2)
+        if bert.pooler is not None: self.cls["seq_relationship"] = Linear(bert.config.n_embd, 2)
 
     def forward(self, ids, segments=None, mask=None) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Logits of every place (B, T, V), and of `follows` and `doesn't` (B, 2)."
@@ -207,12 +208,12 @@ class BertForPreTraining(nn.Module):
         "Write the model as `load_bert` and other libraries read it."
         save_bert(self, folder)
 
-# %% ../nbs/02c_bert.ipynb #808e7c72
+# %% ../nbs/02c_bert.ipynb #01fa3fbe
 class BertForSequenceClassification(nn.Module):
     "One of `n_labels` for each text, from the pooled vector."
     def __init__(self, bert: Bert, n_labels: int):
         super().__init__()
-        self.bert, self.dropout, self.classifier = bert, nn.Dropout(bert.config.dropout), nn.Linear(bert.config.n_embd, n_labels)
+        self.bert, self.dropout, self.classifier = bert, nn.Dropout(bert.config.dropout), Linear(bert.config.n_embd, n_labels)
         small_weights(self.classifier, bert.config.init_std)
 
     def forward(self, ids, segments=None, mask=None) -> torch.Tensor:
@@ -223,7 +224,7 @@ class BertForTokenClassification(nn.Module):
     "One of `n_labels` for each token."
     def __init__(self, bert: Bert, n_labels: int):
         super().__init__()
-        self.bert, self.dropout, self.classifier = bert, nn.Dropout(bert.config.dropout), nn.Linear(bert.config.n_embd, n_labels)
+        self.bert, self.dropout, self.classifier = bert, nn.Dropout(bert.config.dropout), Linear(bert.config.n_embd, n_labels)
         small_weights(self.classifier, bert.config.init_std)
 
     def forward(self, ids, segments=None, mask=None) -> torch.Tensor:

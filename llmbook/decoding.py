@@ -81,7 +81,7 @@ def head_step(norm: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.T
     "Logits of one token: (C,) → (V,)."
     return (weight * normed(norm, x)).sum(-1)
 
-# %% ../nbs/02ba_decoding.ipynb #567dc046
+# %% ../nbs/02ba_decoding.ipynb #7696e1fc
 def _own(step: FunctionType) -> FunctionType:
     "The same function with a code of its own: torch compiles a code for so many kinds of input, and no model shall use up another's."
     return FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__)
@@ -108,7 +108,7 @@ class CompiledGPT(GPT):
         "BookError if the step can't read the model as it stands; asked at the start of every text."
         if self.layers.training: raise BookError("The model is in training mode, and the step knows no dropout: call the model's eval() first.")
         for name, m in self.layers.named_modules():
-            if hasattr(m, "in_features") and type(m) is not nn.Linear: raise BookError(f"layers.{name} is a {type(m).__name__}: merge the adapter by unwrap(), or make quantized layers whole by whole_model(), and give the model then.")
+            if hasattr(m, "in_features") and not isinstance(m, nn.Linear): raise BookError(f"layers.{name} is a {type(m).__name__}: merge the adapter by unwrap(), or make quantized layers whole by whole_model(), and give the model then.")
 
     def train(self, mode: bool = True) -> "CompiledGPT":
         "The mode is that of the model whose weights these are: nothing is switched from here."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPTConfig', 'MLP', 'make_norm', 'Block', 'filter_logits', 'Decoder', 'later_kind', 'GPT', 'attention_maps']
 
-# %% ../nbs/02b_gpt.ipynb #4344cff6
+# %% ../nbs/02b_gpt.ipynb #1f04b732
 import importlib
 import json
 import math
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import KVCache, MultiHeadAttention, attention, causal_mask, document_mask, places_in, rotary_tables
 from .corpora import BookError
 from .pretrained import load_exactly, locate, read_model, write_folder
+from .products import Linear, linear
 from .tokenization import Tokenizer
 
 # %% ../nbs/02b_gpt.ipynb #6074238a
@@ -64,15 +65,15 @@ class GPTConfig:
         "The switches of the Llama family (Touvron et al. 2023)."
         return cls(**{**dict(norm="rmsnorm", mlp="swiglu", position="rope", bias=False), **sizes})
 
-# %% ../nbs/02b_gpt.ipynb #fcbdd283
+# %% ../nbs/02b_gpt.ipynb #7d8d2165
 class MLP(nn.Module):
     "The network at each position: GELU between two matrices, or SwiGLU (Shazeer 2020), whose gate decides what passes."
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, inner = config.n_embd, config.n_inner or 4 * config.n_embd
-        self.up_proj = nn.Linear(C, inner, config.bias)
-        self.down_proj = nn.Linear(inner, C, config.bias)
-        self.gate_proj = nn.Linear(C, inner, config.bias) if config.mlp == "swiglu" else None
+        self.up_proj = Linear(C, inner, config.bias)
+        self.down_proj = Linear(inner, C, config.bias)
+        self.gate_proj = Linear(C, inner, config.bias) if config.mlp == "swiglu" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "(B, T, C) → (B, T, C)"
@@ -114,7 +115,7 @@ def filter_logits(
         logits = logits.index_fill(0, order[p.cumsum(0) - p >= top_p], float("-inf"))
     return logits
 
-# %% ../nbs/02b_gpt.ipynb #8de29154
+# %% ../nbs/02b_gpt.ipynb #cb02185e
 class Decoder(nn.Module):
     "A decoder of the GPT-2 or the Llama family (Radford et al. 2019; Touvron et al. 2023): tokens in, logits and loss out."
     SLICE = 1 << 24   # logits that are kept at once in `loss`; a GPU, which has the room and needs larger work, keeps sixteen times as many
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
-        self.lm_head = None if config.tie else nn.Linear(C, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie else Linear(C, config.vocab_size, bias=False)
         self.tied = "lm_head.weight" if config.tie else None
         if config.position == "rope":
             for name, table in zip(("cos", "sin"), rotary_tables(config.context, C // config.n_head, config.rope_theta)): self.register_buffer(name, table, persistent=False)
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         "Logits of the stream's top: (…, C) → (…, V)."
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:
         "Logits of the next token at every position: (B, T) → (B, T, V)."

@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'OTHERS', 'LORA', 'LoRAConfig', 'LoRALinear', 'linear_names'
            'frozen_head_loss', 'asked_loss', 'Asked', 'peft_config', 'pattern_value', 'Saved', 'read_lora', 'LoRAModel',
            'prepare_lora', 'adapter_base', 'load_lora', 'merge_adapter']
 
-# %% ../nbs/07_lora.ipynb #602be856
+# %% ../nbs/07_lora.ipynb #e16db87b
 import json
 import re
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from .corpora import BookError
 from .finetuning import Method, method_named, register
 from .gpt import GPT
 from .pretrained import pretrained_tokenizer, take_exactly
+from .products import linear
 from .tokenization import Tokenizer
 
 # %% ../nbs/07_lora.ipynb #60857b29
@@ -48,7 +49,7 @@ class LoRAConfig:
         "s: α/r, or α/√r."
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
-# %% ../nbs/07_lora.ipynb #ad6d79e0
+# %% ../nbs/07_lora.ipynb #af8d158f
 class LoRALinear(nn.Module):
     "A frozen linear layer with low-rank updates beside it: y = base(x) + Σ s·B(A·x)."
 
@@ -83,7 +84,7 @@ class LoRALinear(nn.Module):
 
     def answer(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "x in the precision of the products, and base(x)."
-        if not torch.is_autocast_enabled(x.device.type) or type(self.base) is not nn.Linear or self.base.weight.requires_grad: return x, self.base(x)
+        if not torch.is_autocast_enabled(x.device.type) or not isinstance(self.base, nn.Linear) or self.base.weight.requires_grad: return x, self.base(x)
         dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), F.linear(x, *(self.cast(k, dtype) for k in ("weight", "bias")))
 
@@ -211,7 +212,7 @@ class Adapted(nn.Module):
         moved, every = sum(p.numel() for p in self.trained_state().values()), sum(p.numel() for p in self.parameters())
         return f"{moved:,} of {every:,} parameters move ({moved / every:.3%})"
 
-# %% ../nbs/07_lora.ipynb #23f30431
+# %% ../nbs/07_lora.ipynb #b7a64392
 class FrozenHead(torch.autograd.Function):
     "Mean cross-entropy of a frozen head in slices; the gradient of what it reads is ready after the forward pass."
     ROWS = 128  # of a slice
@@ -221,14 +222,14 @@ class FrozenHead(torch.autograd.Function):
         "(N, C), (V, C), (N,) → nats"
         total, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
         for part, y, out in zip(x.split(FrozenHead.ROWS), targets.split(FrozenHead.ROWS), dx.split(FrozenHead.ROWS)):
-            logits = (part @ weight.t()).float()                        # (n, V)
+            logits = linear(part, weight).float()                       # (n, V)
             asked, at = logits.gather(1, y[:, None]), torch.arange(len(y), device=y.device)
             top = logits.amax(1, keepdim=True)
             p = logits.sub_(top).exp_()
             z = p.sum(1, keepdim=True)
             total += (z.log() + top - asked).sum()
             p.div_(z)[at, y] -= 1                                       # softmax − one-hot
-            torch.mm(p.to(x.dtype), weight, out=out)
+            out.copy_(linear(p.to(x.dtype), weight.t()))
         ctx.save_for_backward(dx)
         return total / len(x)
 

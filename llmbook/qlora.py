@@ -7,7 +7,7 @@ __all__ = ['QLORA', 'MatMul4bit', 'Linear4bit', 'QuantizedGPT', 'quantized_layer
            'bytes_by_part', 'weights_text', 'QLoRAModel', 'halved', 'is_half', 'prepare_qlora', 'load_qlora',
            'merged_whole', 'training_bytes']
 
-# %% ../nbs/08c_qlora.ipynb #9c83ea14
+# %% ../nbs/08c_qlora.ipynb #652b9cc7
 import copy
 import json
 from dataclasses import asdict
@@ -23,21 +23,22 @@ from .finetuning import Method, register
 from .gpt import GPT, GPTConfig
 from .lora import LoRAConfig, LoRALinear, LoRAModel, adapter_base
 from .pretrained import load_exactly, read_folder, write_folder
+from .products import Linear, linear
 from .quantization import NestedScales, Quantized4bit, from_stored, quantize_4bit, stored_tensors
 from .tokenization import Tokenizer
 
-# %% ../nbs/08c_qlora.ipynb #e2a8a668
+# %% ../nbs/08c_qlora.ipynb #1a20aea1
 class MatMul4bit(torch.autograd.Function):
     "x (…, K) times the transpose of a 4-bit matrix (N, K), plus a bias: (…, N). Backward reads the matrix again and keeps no weight."
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, q: Quantized4bit, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.q = q
-        return F.linear(x, q.dequantize(x.dtype), bias)
+        return linear(x, q.dequantize(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        to_x = grad @ ctx.q.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
+        to_x = linear(grad, ctx.q.dequantize(grad.dtype).t()) if ctx.needs_input_grad[0] else None
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return to_x, None, to_bias
 
@@ -129,7 +130,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
     "The layers in four bits, by name."
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
 
-# %% ../nbs/08c_qlora.ipynb #5e075108
+# %% ../nbs/08c_qlora.ipynb #92125ade
 def quantize_model(
     model: nn.Module,       # a GPT, or a classifier around one or around a BERT; is changed
     kind: str = "nf4",      # as in `quantize_4bit`
@@ -138,7 +139,7 @@ def quantize_model(
 ) -> nn.Module:             # the same object
     "Put the linear layers of a model's blocks into four bits, one after another, and freeze everything. BookError if there is none."
     if quantized_layers(model): raise BookError("This model is in four bits already: give one in full precision.")
-    found = [name for name, m in model.named_modules() if type(m) is nn.Linear and any(part.isdigit() for part in name.split("."))]
+    found = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and any(part.isdigit() for part in name.split("."))]
     if not found: raise BookError("This model has no blocks with linear layers: give a GPT, or a classifier around one or around a BERT.")
     for name in found: _put(model, name, Linear4bit.of(model.get_submodule(name), kind, block, nested))
     for m in model.modules():
@@ -152,7 +153,7 @@ def whole_model(
 ) -> nn.Module:                         # the same object
     "Make the layers in four bits ordinary ones again, with the weights that the codes stand for."
     for name, layer in quantized_layers(model).items():
-        with torch.device("meta"): whole = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        with torch.device("meta"): whole = Linear(layer.in_features, layer.out_features, bias=False)
         whole.weight = nn.Parameter(layer.quantized.dequantize(dtype), requires_grad=False)
         whole.bias = layer.bias
         _put(model, name, whole)

@@ -8,7 +8,7 @@ __all__ = ['Copy', 'Reduce', 'gathered', 'scattered', 'Gather', 'Scatter', 'Spli
            'vocab_parallel_cross_entropy', 'check_split', 'TensorParallelBlock', 'TensorParallelGPT', 'tensor_parallel',
            'cuts', 'gathered_weights', 'sum_replicated', 'split_bytes']
 
-# %% ../nbs/04c_tensor_parallel.ipynb #587e8f52
+# %% ../nbs/04c_tensor_parallel.ipynb #1233e898
 from copy import deepcopy
 
 import torch
@@ -21,6 +21,7 @@ from .attention import MultiHeadAttention, attend
 from .collectives import agree, all_gather, all_reduce, reduce_scatter, ring_bytes
 from .corpora import BookError
 from .gpt import MLP, Block, Decoder, GPTConfig
+from .products import linear
 
 # %% ../nbs/04c_tensor_parallel.ipynb #01226f86
 class Copy(Function):
@@ -117,7 +118,7 @@ class Split:
         out.narrow(dim, 0, held.shape[dim]).copy_(held)
         return nn.Parameter(out, whole.requires_grad)
 
-# %% ../nbs/04c_tensor_parallel.ipynb #4abd6684
+# %% ../nbs/04c_tensor_parallel.ipynb #e035aca0
 class ColumnParallelLinear(nn.Module):
     "A linear layer of which each rank computes some outputs: (…, C) → (…, D/n)."
     cut = {"weight": 0, "bias": 0}
@@ -135,7 +136,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "The whole input; some outputs."
-        return F.linear(x if self.entered else self.split.enter(x), self.weight, self.bias)
+        return linear(x if self.entered else self.split.enter(x), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -153,7 +154,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Some inputs; all outputs, summed over the ranks."
-        x = self.split.leave(F.linear(x, self.weight))
+        x = self.split.leave(linear(x, self.weight))
         return x if self.bias is None else x + self.bias
 
 # %% ../nbs/04c_tensor_parallel.ipynb #a41dcb13
@@ -285,7 +286,7 @@ class TensorParallelBlock(Block):
         self.self_attn, self.mlp = TensorParallelAttention(whole.self_attn, split), TensorParallelMLP(whole.mlp, split)
         self.dropout = nn.Identity()
 
-# %% ../nbs/04c_tensor_parallel.ipynb #64301db8
+# %% ../nbs/04c_tensor_parallel.ipynb #2045e627
 class TensorParallelGPT(nn.Module):
     "This rank's part of a decoder, made from the whole: the same loss on all ranks."
 
@@ -329,7 +330,7 @@ class TensorParallelGPT(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         "This rank's columns of the logits: (B, T) → (B, T, v); those from vocab_size on don't exist."
         x = self.split.enter(self.hidden(ids))
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         "Mean cross-entropy in nats over the targets (B, T) that aren't -100, the same on all ranks."

@@ -7,7 +7,7 @@ __all__ = ['permutation_masks', 'XLNetConfig', 'distance_table', 'rel_shift', 'r
            'RelativeAttention', 'FeedForward', 'XLNetLayer', 'open_keys', 'sight_of', 'XLNet', 'XLNetLM',
            'permutation_batch', 'xlnet_shape', 'xlnet_weights', 'load_xlnet', 'save_xlnet']
 
-# %% ../nbs/02d_xlnet.ipynb #7d6ea7a8
+# %% ../nbs/02d_xlnet.ipynb #a4977adf
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .bert import small_weights
 from .corpora import BookError
 from .pretrained import load_exactly, locate, read_folder, write_folder
+from .products import Linear
 
 # %% ../nbs/02d_xlnet.ipynb #8321556b
 def permutation_masks(
@@ -146,13 +147,13 @@ class RelativeAttention(nn.Module):
         if sight.awake is not None: out = out * sight.awake
         return self.layer_norm(x + self.dropout(out.transpose(1, 2).flatten(2) @ self.o.flatten(1).T))
 
-# %% ../nbs/02d_xlnet.ipynb #56139903
+# %% ../nbs/02d_xlnet.ipynb #9e52a2f7
 class FeedForward(nn.Module):
     "An MLP with GELU, added and normalized."
     def __init__(self, config: XLNetConfig):
         super().__init__()
         self.layer_norm, self.dropout = nn.LayerNorm(config.n_embd, eps=config.norm_eps), nn.Dropout(config.dropout)
-        self.layer_1, self.layer_2 = nn.Linear(config.n_embd, config.n_inner), nn.Linear(config.n_inner, config.n_embd)
+        self.layer_1, self.layer_2 = Linear(config.n_embd, config.n_inner), Linear(config.n_inner, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "(B, Q, C) → (B, Q, C)"
@@ -248,14 +249,14 @@ class XLNet(nn.Module):
         if mems is not None and any(m.dim() != 3 or (m.shape[0], m.shape[2]) != (B, c.n_embd) or m.shape != mems[0].shape for m in mems):
             raise BookError(f"mems have the shapes {sorted({tuple(m.shape) for m in mems})}, and must all be ({B}, tokens, {c.n_embd}): give what this model returned for the same texts.")
 
-# %% ../nbs/02d_xlnet.ipynb #963893b3
+# %% ../nbs/02d_xlnet.ipynb #2dc94a16
 class XLNetLM(nn.Module):
     "XLNet with a head that predicts tokens; its matrix is the token table."
     tied = "lm_loss.weight"     # the same tensor as transformer.word_embedding.weight
 
     def __init__(self, xlnet: XLNet):
         super().__init__()
-        self.transformer, self.lm_loss = xlnet, nn.Linear(xlnet.config.n_embd, xlnet.config.vocab_size)
+        self.transformer, self.lm_loss = xlnet, Linear(xlnet.config.n_embd, xlnet.config.vocab_size)
         self.lm_loss.weight = xlnet.word_embedding.weight
         nn.init.zeros_(self.lm_loss.bias)
 
