@@ -15,13 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/02a0_products.ipynb #02b50e60
-@torch.library.custom_op("llmbook::direct_linear", mutates_args=(), device_types="cpu")
-def direct_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    "x (…, C) times the transpose of weight (D, C), plus a bias (D,): (…, D), by oneDNN, whatever the processor's maker."
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+# %% ../nbs/02a0_products.ipynb #a6d1219c
+def _multiply(x, weight, bias): return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-@direct_linear.register_fake
 def _shape(x, weight, bias): return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 def _keep(ctx, inputs, output): ctx.save_for_backward(*inputs[:2])
@@ -29,11 +25,24 @@ def _keep(ctx, inputs, output): ctx.save_for_backward(*inputs[:2])
 def _gradients(ctx, grad):
     (x, weight), asked = ctx.saved_tensors, ctx.needs_input_grad
     rows = grad.flatten(0, -2)                                                                       # (N, D)
-    return (direct_linear(grad, weight.t(), None) if asked[0] else None,                                   # g W
-            direct_linear(rows.t(), x.flatten(0, -2).t(), None) if asked[1] else None,                     # gᵀ x
+    return (direct_linear(grad, weight.t()) if asked[0] else None,                                   # g W
+            direct_linear(rows.t(), x.flatten(0, -2).t()) if asked[1] else None,                     # gᵀ x
             rows.sum(0) if asked[2] else None)
 
-direct_linear.register_autograd(_gradients, setup_context=_keep)
+if not hasattr(torch.ops.llmbook, "direct_linear"):     # torch keeps an operation once for a process
+    _library = torch.library.Library("llmbook", "FRAGMENT")
+    _library.define("direct_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    _library.impl("direct_linear", _multiply, "CPU")
+    torch.library.register_fake("llmbook::direct_linear", _shape, lib=_library)
+    torch.library.register_autograd("llmbook::direct_linear", _gradients, setup_context=_keep, lib=_library)
+
+def direct_linear(
+    x: torch.Tensor,                    # (…, C), fp32
+    weight: torch.Tensor,               # (D, C)
+    bias: torch.Tensor | None = None,   # (D,)
+) -> torch.Tensor:                      # (…, D)
+    "x times the transpose of weight, plus a bias, by oneDNN, whatever the processor's maker."
+    return torch.ops.llmbook.direct_linear(x, weight, bias)
 
 # %% ../nbs/02a0_products.ipynb #7d45923f
 def maker() -> str:

@@ -388,7 +388,7 @@ def training_cost(
     "Price of the training at the device's price per hour."
     return training_seconds(config, tokens, device, **how) / 3600 * device.price
 
-# %% ../nbs/02e_sizing.ipynb #8532dc4b
+# %% ../nbs/02e_sizing.ipynb #383f0ded
 def matmul_peak(
     dtype: torch.dtype = torch.float32,  # of the matrices
     seconds: float = 1.0,  # how long to try
@@ -400,7 +400,7 @@ def matmul_peak(
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     ways, best, out, end = [lambda: torch.mm(a, b, out=out)], 0.0, torch.empty_like(a), time.perf_counter() + seconds
-    if a.device.type == "cpu" and dtype == torch.float32 and passes_by(): ways.append(lambda: direct_linear(a, b, None))
+    if a.device.type == "cpu" and dtype == torch.float32 and passes_by(): ways.append(lambda: direct_linear(a, b))
     while not best or time.perf_counter() < end:
         for multiply in ways:
             wait()

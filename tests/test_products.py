@@ -18,7 +18,7 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 def test_operation_keeps_to_torchs_rules():
     "Schema, shapes under tracing and gradients, as torch checks them."
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((3, 5, 8), (6, 8), (6,)))
-    for bias in (b, None): opcheck(direct_linear, (x, w, bias), test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
+    for bias in (b, None): opcheck(torch.ops.llmbook.direct_linear.default, (x, w, bias), test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 @onednn
@@ -50,7 +50,7 @@ def test_second_gradients():
 def test_rule_on_and_off(monkeypatch):
     "With the rule on, large products in fp32 go to oneDNN on any processor, and nothing else does; an error inside `as_torch` leaves the rule as it was."
     seen = []
-    monkeypatch.setattr(products, "direct_linear", lambda x, w, b: seen.append(tuple(x.shape)) or direct_linear(x, w, b))
+    monkeypatch.setattr(products, "direct_linear", lambda *parts: seen.append(tuple(parts[0].shape)) or direct_linear(*parts))
     monkeypatch.setitem(products._rule, "direct", True)
     x, w = torch.randn(64, 512), torch.randn(512, 512)
     linear(x, w)
