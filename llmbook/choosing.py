@@ -368,7 +368,7 @@ def published(task: str, family: str, context: int, precision: str) -> tuple[Can
              if isinstance(c, FAMILIES[family]) and context <= getattr(c, "context", context) and name not in headless]
     return tuple(sorted(found, key=lambda c: c.n))
 
-# %% ../nbs/02f_choosing.ipynb #a593149a
+# %% ../nbs/02f_choosing.ipynb #971e3e3e
 class Reason(NamedTuple):
     "One step of the argument."
     what: str
@@ -400,14 +400,14 @@ class Plan:
         "The limit that costs most; `nothing` where twice as much of any saves less than a hundredth of a nat."
         return next((name for name, nats in self.saves.items() if nats > 0), "nothing")
 
-
+# %% ../nbs/02f_choosing.ipynb #bc764452
 def why_family(ranked: list[Family], demand: Demand) -> Reason:
     "The reason for a family, beside its best rival."
     first, other = ranked[:2]
     number = f"sees {first.sight:.0%} of the pairs, {first.price / 1e9:,.3g} GFLOP an answer"
     return Reason(f"{first.name} to {demand.task}", number, f"next best: {other.name}, {other.sight:.0%} and {other.price / 1e9:,.3g} GFLOP at the same shape")
 
-
+# %% ../nbs/02f_choosing.ipynb #f6837e35
 def why_shape(t: Trial, demand: Demand, saves: dict[str, float]) -> list[Reason]:
     "The reasons for a shape: size, memory, time, wait, and what binds."
     memory = training_memory(t.candidate.config, t.batch, demand.context, demand.precision, t.recompute)
@@ -424,7 +424,7 @@ def why_shape(t: Trial, demand: Demand, saves: dict[str, float]) -> list[Reason]
     best = next(((name, nats) for name, nats in saves.items() if nats > 0), ("nothing", 0.0))
     return reasons + ([Reason("what binds", best[0], f"twice as much would save {best[1]:.2f} nats")] if saves else [])
 
-
+# %% ../nbs/02f_choosing.ipynb #2974e922
 def why_not(trials: list[Trial], best: Trial, ranked: list[Family]) -> list[tuple[str, str]]:
     "Families and shapes that lost, with the number that decided."
     others = [(f.name, "a token's vector never knows what follows" if f.price == math.inf else f"{f.sight:.0%} of the pairs, {f.price / ranked[0].price:,.3g} times the price") for f in ranked[1:]]
@@ -432,7 +432,7 @@ def why_not(trials: list[Trial], best: Trial, ranked: list[Family]) -> list[tupl
     dearer = lambda t: f"{t.work / best.work:.3g} times the work for the same loss" if t.loss == best.loss else f"expected loss {t.loss:.2f}, not {best.loss:.2f}"
     return others + [(t.candidate.name, f"needs {t.fault}" if t.fault else ("smaller" if best.loss == math.inf else dearer(t))) for t in lost]
 
-
+# %% ../nbs/02f_choosing.ipynb #a292183e
 def choose(
     demand: Demand,  # the task and the limits
 ) -> Plan:

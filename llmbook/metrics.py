@@ -141,7 +141,7 @@ def bits_per_byte(
     if size < 1: raise BookError("Bits per byte need at least one byte of text: evaluate on some text.")
     return nats / math.log(2) / size
 
-# %% ../nbs/03ba_metrics.ipynb #2a812c0d
+# %% ../nbs/03ba_metrics.ipynb #b7d1b61a
 @dataclass
 class Mean:
     "A mean that grows: total and weight."
@@ -165,7 +165,7 @@ class Mean:
     @property
     def value(self) -> float: return self.total / self.count if self.count else math.nan
 
-
+# %% ../nbs/03ba_metrics.ipynb #fe0cf9fc
 class TokenScores:
     "Loss, perplexity, accuracy and bits per byte of a language model, batch by batch."
 
@@ -199,7 +199,7 @@ class TokenScores:
         found = {"loss": self.loss.value, "perplexity": perplexity(self.loss.total, int(self.loss.count)), "accuracy": self.hits.value, f"top-{self.k}": self.top_k.value}
         return found | ({"bits_per_byte": bits_per_byte(self.loss.total, self.size)} if self.size else {})
 
-
+# %% ../nbs/03ba_metrics.ipynb #991b8aaa
 class Confusion:
     "A confusion matrix, batch by batch."
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Op', 'check_place', 'gpipe', 'Event', 'needs', 'simulate', 'bubble', 'bubble_share', 'warm_up',
-           'steady_state', 'cool_down', 'one_f_one_b', 'most_kept', 'shares', 'Stage', 'tag', 'sum_tied', 'Pipeline',
-           'Held', 'SavedBytes']
+           'steady_state', 'cool_down', 'one_f_one_b', 'most_kept', 'shares', 'Stage', 'Passes', 'tag', 'sum_tied',
+           'Linked', 'plans_of', 'Pipeline', 'Held', 'SavedBytes']
 
 # %% ../nbs/04b_pipeline_parallel.ipynb #431664e8
 import time
@@ -198,6 +198,40 @@ class Stage(Decoder):
         if targets is None: return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / total
 
+# %% ../nbs/04b_pipeline_parallel.ipynb #03faf9e4
+class Passes:
+    "A stage's passes, one micro-batch at a time: each forward one is kept until its backward one."
+
+    def __init__(
+        self,
+        stage: Stage,  # this rank's
+        m: int = 4,  # micro-batches per step
+    ): self.stage, self.m, self.kept, self.peak = stage, m, {}, 0
+
+    def load(self, ids: torch.Tensor, targets: torch.Tensor, total: int | None = None):
+        "Cut the batch into micro-batches; `total`: the targets that count, of all ranks' batches together."
+        if ids.dim() != 2 or not ids.numel(): raise BookError(f"The ids have the shape {tuple(ids.shape)}: give texts × tokens, at least one of each.")
+        if len(ids) % self.m: raise BookError(f"A batch of {len(ids)} can't be cut into {self.m} equal micro-batches: let m divide it.")
+        if targets.shape != ids.shape: raise BookError(f"The targets have the shape {tuple(targets.shape)}, and the ids {tuple(ids.shape)}: give one target a token.")
+        b, weight = len(ids) // self.m, next(self.stage.parameters())
+        self.inputs, self.targets, self.total = ids.split(b), targets.split(b), int((targets != -100).sum()) if total is None else total
+        if not self.total: raise BookError("Every target of the batch is -100: there is nothing to learn from it.")
+        self.loss = torch.zeros((), dtype=weight.dtype, device=weight.device)
+
+    def forward(self, i: int, x: torch.Tensor | None) -> torch.Tensor:
+        "Micro-batch i through the stage; its input and output are kept for the backward pass."
+        x = self.inputs[i] if x is None else x.requires_grad_()
+        out = self.kept.setdefault(i, (x, self.stage(x, self.targets[i], self.total)))[1].detach()
+        self.peak = max(self.peak, len(self.kept))
+        if self.stage.last: self.loss += out
+        return out
+
+    def backward(self, i: int, grad: torch.Tensor | None) -> torch.Tensor | None:
+        "Micro-batch i back through the stage: what was kept for it is freed, the gradient of its input is returned."
+        x, out = self.kept.pop(i)
+        out.backward(grad)
+        return x.grad
+
 # %% ../nbs/04b_pipeline_parallel.ipynb #e14e704e
 def tag(op: Op) -> int:
     "A number for the message that an operation waits for or sends."
@@ -216,8 +250,61 @@ def sum_tied(
     grad += theirs
     return grad.nbytes
 
-# %% ../nbs/04b_pipeline_parallel.ipynb #04862b85
-class Pipeline:
+# %% ../nbs/04b_pipeline_parallel.ipynb #a9261033
+class Linked(Passes):
+    "Passes whose inputs come from the neighbours, and whose results go to them."
+
+    def __init__(
+        self,
+        stage: Stage,  # this rank's
+        m: int = 4,  # micro-batches per step
+        ranks: Sequence[int] | None = None,  # who holds stage 0, 1, …; None for all ranks in order
+    ):
+        super().__init__(stage, m)
+        world, me = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        self.ranks = list(range(world) if ranks is None else ranks)
+        if me not in self.ranks:
+            raise BookError(f"Rank {me} has no stage in the pipeline of ranks {self.ranks}: build it only where it has one.")
+        self.rank, p = self.ranks.index(me), len(self.ranks)
+        if stage.place != (self.rank, p):
+            raise BookError("Stage {} of {} was given".format(*stage.place) + f" to rank {self.rank} of {p}: build it with Stage(model, {p}, {self.rank}).")
+        self.neighbour = {"F": self.ranks[self.rank + 1] if self.rank < p - 1 else None, "B": self.ranks[self.rank - 1] if self.rank else None}
+        self.outbox, self.sent = {}, Counter()
+
+    def expect(self, op: Op | None):
+        "Post the receive for an operation, if it has an input from another rank."
+        source = self.neighbour["B" if op.kind == "F" else "F"] if op else None
+        if source is None: return None
+        buffer = torch.empty(self.stage.border(*self.inputs[0].shape), dtype=self.loss.dtype, device=self.loss.device)
+        return buffer, dist.irecv(buffer, source, tag=tag(op))
+
+    def send(self, op: Op, message: torch.Tensor | None):
+        "Hand the result of an operation to the neighbour that waits for it, without waiting."
+        if (to := self.neighbour[op.kind]) is None: return
+        message = message.contiguous()
+        self.outbox[op] = dist.isend(message, to, tag=tag(op)), message
+        self.sent["activations" if op.kind == "F" else "gradients"] += message.nbytes
+
+    def backward(self, i: int, grad: torch.Tensor | None) -> torch.Tensor | None:
+        "As before, and the send of the micro-batch's activations is over."
+        if sent := self.outbox.pop(("F", i), None): sent[0].wait()
+        return super().backward(i, grad)
+
+# %% ../nbs/04b_pipeline_parallel.ipynb #c9ecf07f
+def plans_of(
+    schedule: Callable[[int, int, int], list[Op]],  # (p, m, rank) -> operations
+    p: int,  # stages
+    m: int,  # micro-batches
+) -> list[list[Op]]:  # of each rank
+    "Every rank's list of operations; `BookError` unless they run each micro-batch once and never wait for each other in a circle."
+    plans = [schedule(p, m, r) for r in range(p)]
+    if any(sorted(plan) != sorted(gpipe(p, m, 0)) for plan in plans):
+        raise BookError(f"This schedule doesn't run each of {m} micro-batches forward and backward exactly once on every rank: mend its lists.")
+    simulate(plans)
+    return plans
+
+# %% ../nbs/04b_pipeline_parallel.ipynb #c8dbea40
+class Pipeline(Linked):
     "One rank's part of a pipeline: its stage, its list of operations, and the messages to its neighbours."
 
     def __init__(
@@ -227,59 +314,8 @@ class Pipeline:
         m: int = 4,  # micro-batches per step
         ranks: Sequence[int] | None = None,  # who holds stage 0, 1, …; None for all ranks in order
     ):
-        world, me = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        self.stage, self.m, self.ranks = stage, m, list(range(world) if ranks is None else ranks)
-        if me not in self.ranks:
-            raise BookError(f"Rank {me} has no stage in the pipeline of ranks {self.ranks}: build it only where it has one.")
-        rank, p = self.ranks.index(me), len(self.ranks)
-        if stage.place != (rank, p):
-            raise BookError("Stage {} of {} was given".format(*stage.place) + f" to rank {rank} of {p}: build it with Stage(model, {p}, {rank}).")
-        plans = [schedule(p, m, r) for r in range(p)]
-        if any(sorted(plan) != sorted(gpipe(p, m, 0)) for plan in plans):
-            raise BookError(f"This schedule doesn't run each of {m} micro-batches forward and backward exactly once on every rank: mend its lists.")
-        simulate(plans)
-        self.rank, self.ops, self.peak = rank, plans[rank], 0
-        self.neighbour = {"F": self.ranks[rank + 1] if rank < p - 1 else None, "B": self.ranks[rank - 1] if rank else None}
-        self.kept, self.outbox, self.sent, self.events = {}, {}, Counter(), []
-
-    def load(self, ids: torch.Tensor, targets: torch.Tensor, total: int | None = None):
-        "Cut the batch into micro-batches, and work out the shape of a message."
-        if ids.dim() != 2 or not ids.numel(): raise BookError(f"The ids have the shape {tuple(ids.shape)}: give texts × tokens, at least one of each.")
-        if len(ids) % self.m: raise BookError(f"A batch of {len(ids)} can't be cut into {self.m} equal micro-batches: let m divide it.")
-        if targets.shape != ids.shape: raise BookError(f"The targets have the shape {tuple(targets.shape)}, and the ids {tuple(ids.shape)}: give one target a token.")
-        b, T = len(ids) // self.m, ids.shape[1]
-        self.inputs, self.targets, self.total = ids.split(b), targets.split(b), int((targets != -100).sum()) if total is None else total
-        if not self.total: raise BookError("Every target of the batch is -100: there is nothing to learn from it.")
-        weight = next(self.stage.parameters())
-        self.buffer = lambda: torch.empty(self.stage.border(b, T), dtype=weight.dtype, device=weight.device)
-        self.loss = torch.zeros((), dtype=weight.dtype, device=weight.device)
-
-    def expect(self, op: Op | None):
-        "Post the receive for an operation, if it has an input from another rank."
-        source = self.neighbour["B" if op.kind == "F" else "F"] if op else None
-        return None if source is None else (buffer := self.buffer(), dist.irecv(buffer, source, tag=tag(op)))
-
-    def send(self, op: Op, message: torch.Tensor | None):
-        "Hand the result of an operation to the neighbour that waits for it, without waiting."
-        if (to := self.neighbour[op.kind]) is None: return
-        message = message.contiguous()
-        self.outbox[op] = dist.isend(message, to, tag=tag(op)), message
-        self.sent["activations" if op.kind == "F" else "gradients"] += message.nbytes
-
-    def forward(self, i: int, x: torch.Tensor | None) -> torch.Tensor:
-        "Micro-batch i through the stage; its input and output are kept for the backward pass."
-        x = self.inputs[i] if x is None else x.requires_grad_()
-        out = self.kept.setdefault(i, (x, self.stage(x, self.targets[i], self.total)))[1].detach()
-        self.peak = max(self.peak, len(self.kept))
-        if self.stage.last: self.loss += out
-        return out
-
-    def backward(self, i: int, grad: torch.Tensor | None) -> torch.Tensor | None:
-        "Micro-batch i back through the stage: what was kept for it is freed, the gradient of its input is returned."
-        x, out = self.kept.pop(i)
-        if sent := self.outbox.pop(("F", i), None): sent[0].wait()
-        out.backward(grad)
-        return x.grad
+        super().__init__(stage, m, ranks)
+        self.ops, self.events = plans_of(schedule, len(self.ranks), m)[self.rank], []
 
     def run(self, ids: torch.Tensor, targets: torch.Tensor, total: int | None = None) -> torch.Tensor | None:
         "All operations on a batch (B, T); adds to `.grad`, of tied weights this rank's part only. Returns the loss on the last rank: summed over `total`, or the mean."

@@ -376,7 +376,7 @@ def plan(
                         f"{cluster.devices} devices: choose a divisor of batch × layers × heads, or a larger batch.")
     return sorted((evaluate(job, cluster, layout, a) for layout in found), key=lambda x: (not x.fits, x.step, x.total))
 
-# %% ../nbs/04d0_planner.ipynb #696e3d1d
+# %% ../nbs/04d0_planner.ipynb #d137729f
 PART_NAMES = {"arithmetic": "arithmetic", "bubble": "idle time in the pipeline", "tp": "tensor traffic",
               "pp": "pipeline traffic", "dp": "data-parallel traffic"}
 CLOSE = 1.01  # plans so near to the fastest are as good
@@ -402,7 +402,27 @@ def _without_choice(plans: list[Plan], best: Plan, axis: str, value, node: int) 
     return (f"{name} a step takes {other.step:.3g} s instead of {best.step:.3g} ({other.layout}): "
             f"{other.seconds[part]:.3g} s of {PART_NAMES[part]} instead of {best.seconds[part]:.3g}.")
 
+# %% ../nbs/04d0_planner.ipynb #acb31764
+def _grown(cluster: Cluster, devices: int) -> Cluster:
+    "The cluster with more devices: a part of a node is filled up first."
+    full = next((c.per_node for c in CLUSTERS.values() if c.device == cluster.device), cluster.per_node)
+    return replace(cluster, per_node=max(full, cluster.per_node)).of(devices)
 
+
+def _nothing_fits(plans: list[Plan], job: Job, cluster: Cluster, a: Assumptions) -> str:
+    "The sentence for a cluster that is too small: the smallest layout, and how many devices would do."
+    least = min(plans, key=lambda x: x.total)
+    kind = max(least.memory, key=least.memory.get)
+    said = (f"Nothing fits {cluster.devices} × {cluster.device.name}: the smallest layout ({least.layout}) needs "
+            f"{least.total / 1e9:.1f} GB of {least.usable / 1e9:.1f}, most of it {kind}. ")
+    size = cluster.devices
+    while (size := size * 2) <= 2 ** 15:
+        found = layouts(job, larger := _grown(cluster, size), 1)
+        if any(evaluate(job, larger, x, a).fits for x in found if x.recompute):
+            return said + f"{size} of these devices would do."
+    return said + "More devices don't help: choose shorter sequences, a lower precision or a smaller model."
+
+# %% ../nbs/04d0_planner.ipynb #7f203003
 def choose(
     plans: list[Plan],  # of `plan`
     job: Job,  # what is to be done
@@ -427,23 +447,3 @@ def choose(
         beside = [value for value in values[max(0, at - 1):at + 2] if value != here]
         reasons += [_without_choice(plans, best, axis, value, cluster.per_node) for value in beside]
     return best, [reason for reason in reasons if reason]
-
-
-def _nothing_fits(plans: list[Plan], job: Job, cluster: Cluster, a: Assumptions) -> str:
-    "The sentence for a cluster that is too small: the smallest layout, and how many devices would do."
-    least = min(plans, key=lambda x: x.total)
-    kind = max(least.memory, key=least.memory.get)
-    said = (f"Nothing fits {cluster.devices} × {cluster.device.name}: the smallest layout ({least.layout}) needs "
-            f"{least.total / 1e9:.1f} GB of {least.usable / 1e9:.1f}, most of it {kind}. ")
-    size = cluster.devices
-    while (size := size * 2) <= 2 ** 15:
-        found = layouts(job, larger := _grown(cluster, size), 1)
-        if any(evaluate(job, larger, x, a).fits for x in found if x.recompute):
-            return said + f"{size} of these devices would do."
-    return said + "More devices don't help: choose shorter sequences, a lower precision or a smaller model."
-
-
-def _grown(cluster: Cluster, devices: int) -> Cluster:
-    "The cluster with more devices: a part of a node is filled up first."
-    full = next((c.per_node for c in CLUSTERS.values() if c.device == cluster.device), cluster.per_node)
-    return replace(cluster, per_node=max(full, cluster.per_node)).of(devices)

@@ -60,7 +60,7 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES: raise BookError(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
     return RECIPES[name]
 
-# %% ../nbs/03d_pretraining.ipynb #bd8a0fa1
+# %% ../nbs/03d_pretraining.ipynb #9dec12b3
 def build(
     recipe: Recipe,  # what to build
 ) -> nn.Module:  # with fresh weights, the same for the same seed
@@ -71,7 +71,7 @@ def build(
     if recipe.family == "xlnet": return XLNetLM(XLNet(XLNetConfig(vocab_size=recipe.vocab_size, **recipe.shape)))
     raise BookError(f"There is no family {recipe.family!r}: choose gpt, bert or xlnet.")
 
-
+# %% ../nbs/03d_pretraining.ipynb #0cce7628
 class Prepared(NamedTuple):
     "What a run reads."
     tokenizer: Tokenizer
@@ -99,7 +99,7 @@ def tokens_of(
                for name, docs in (("train", parts.train), ("valid", parts.valid))]
     return Prepared(tokenizer, *streams)
 
-
+# %% ../nbs/03d_pretraining.ipynb #58d83105
 def prepared(
     folder: Path,  # of `tokens_of`
 ) -> Prepared | None:  # None: there is nothing yet
@@ -116,7 +116,7 @@ def prepare(
     "Open the tokenizer and the streams of a recipe, or make them."
     return prepared(folder) or tokens_of(recipe_split(recipe), recipe.vocab_size, folder, progress=progress)
 
-
+# %% ../nbs/03d_pretraining.ipynb #433149d6
 def recipe_trainer(
     recipe: Recipe,  # all of it
     run_dir: Path,  # the run's folder; its data goes to run_dir/data

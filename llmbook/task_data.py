@@ -31,14 +31,16 @@ from pydantic_core import PydanticCustomError
 from .corpora import BookError, rows as catalogue_rows
 from .task_files import Fault, Faults, Limits, Raw, TaskDataError, dump_rows, fault_table, open_name, plain, read_rows, show, show_name
 
-# %% ../nbs/06a_task_data.ipynb #b086b485
+# %% ../nbs/06a_task_data.ipynb #00809aa7
 _NOTHING = object()   # no certain repair
-_HALF = re.compile("[\ud800-\udfff]")   # half a character, or a byte that isn't UTF-8
 
 def refuse(expected: str, fix: str, found: str, put: object = _NOTHING, at: str = ""):
     "End a check with a fault; `put` is the only value that could be meant, `at` the field if it isn't the one being checked."
     raise PydanticCustomError("task_data", f"found {found}, expected {expected}; {fix}",
                               dict(found=found, expected=expected, fix=fix, put=put, at=at))
+
+# %% ../nbs/06a_task_data.ipynb #a05d1db2
+_HALF = re.compile("[\ud800-\udfff]")   # half a character, or a byte that isn't UTF-8
 
 def check_text(value: Any) -> str:
     "A text with something in it."
@@ -52,6 +54,7 @@ def check_text(value: Any) -> str:
     if not value.strip(): refuse("text", "fill it in, or remove the row", "an empty text" if not value else "only spaces")
     return value
 
+# %% ../nbs/06a_task_data.ipynb #936810fe
 def check_free(value: Any) -> str:
     "A text that may be empty."
     return value if value == "" else check_text(value)
@@ -62,6 +65,7 @@ def check_id(value: Any) -> str | int | None:
     if not isinstance(value, str): refuse("text or a whole number", "give the row an id of its own, or remove the field", show(value))
     return check_text(value)
 
+# %% ../nbs/06a_task_data.ipynb #9500ae48
 def check_label(value: Any) -> str:
     "A class: text, a whole number or a truth value; whatever stands for a missing value is refused."
     if isinstance(value, bool): return "true" if value else "false"
@@ -97,7 +101,7 @@ class Alpaca(Row):
     input: Free = ""
     output: Text
 
-# %% ../nbs/06a_task_data.ipynb #53ebd548
+# %% ../nbs/06a_task_data.ipynb #ce99bd7f
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant", "model": "assistant", "chatgpt": "assistant"}   # of other programs
 
 def check_role(value: Any) -> str:
@@ -114,6 +118,7 @@ class Message(BaseModel):
     role: Annotated[str, BeforeValidator(check_role)]
     content: Text
 
+# %% ../nbs/06a_task_data.ipynb #2ec1425c
 class Chat(Row):
     "A conversation that ends with an answer."
     messages: list[Message]
@@ -138,16 +143,18 @@ def required(format: str) -> list[str]:
     "The fields that a row of a format must have."
     return [name for name, f in FORMATS[format].model_fields.items() if f.is_required()]
 
-# %% ../nbs/06a_task_data.ipynb #49e8b30d
+# %% ../nbs/06a_task_data.ipynb #39404b50
 CHAT_NAMES = ("conversations", "conversation", "dialog", "dialogue", "chat")    # other names of the field messages
 ALIASES = {"text": ("sentence", "review", "content", "document", "body", "comment", "tweet"), "label": ("category", "class", "sentiment", "target", "topic", "tag"),
            "prompt": ("question", "query", "input"), "completion": ("response", "answer", "output", "reply"),
            "instruction": ("instructions", "task"), "output": ("response", "answer", "completion"), "messages": CHAT_NAMES}   # names that other programs use
 KNOWN = {"id", *(name for model in FORMATS.values() for name in model.model_fields), *itertools.chain(*ALIASES.values())}
+
 def other_name(name: str, field: str) -> bool:
     "Whether a field's name in a file means this field."
     return plain(name) == field or plain(name) in ALIASES.get(field, ())
 
+# %% ../nbs/06a_task_data.ipynb #ef22fa3c
 def fits(names: tuple[str, ...], format: str) -> tuple[bool, int, int]:
     "How well fields fit a format: whether all that it needs are there by some name, how many by their own, how many by any."
     need = required(format)
@@ -160,6 +167,7 @@ def guess_format(names: tuple[str, ...]) -> str | None:
     best = max(FORMATS, key=lambda f: fits(names, f))
     return best if fits(names, best)[2] else None
 
+# %% ../nbs/06a_task_data.ipynb #48ba7f58
 @functools.lru_cache(4096)
 def renamed(names: tuple[str, ...], format: str) -> dict[str, tuple[str | None, bool]]:
     "What must become of fields that a format doesn't know: the name that was meant (None: remove the field), and whether that is certain."
@@ -173,7 +181,7 @@ def renamed(names: tuple[str, ...], format: str) -> dict[str, tuple[str | None, 
     whole = not set(missing) & set(required(format))
     return {name: (target, certain and (whole or target is not None)) for name, (target, certain) in out.items()}
 
-# %% ../nbs/06a_task_data.ipynb #c0a808fb
+# %% ../nbs/06a_task_data.ipynb #dd64ad70
 @dataclass
 class Checked:
     "A row on its way: what it says, what it would say after its certain repairs, and whether it is sound as it stands."
@@ -194,6 +202,7 @@ def put(raw: dict, loc: tuple, value):
     for p in loc[:-1]: raw = raw[p]
     raw[loc[-1]] = value
 
+# %% ../nbs/06a_task_data.ipynb #5d6d82de
 def validate(raw: dict, line: int, format: str, faults: Faults) -> Checked:
     "What a row's model says; certain repairs are made on the way, and looked at again."
     good, tries = True, 0
@@ -211,6 +220,7 @@ def validate(raw: dict, line: int, format: str, faults: Faults) -> Checked:
         if open_: break
     return Checked(line, None, raw, False)
 
+# %% ../nbs/06a_task_data.ipynb #55a94040
 def rename_fields(value: dict, format: str, line: int, columns: dict) -> tuple[dict, bool]:
     "A row with the names of its format, and whether it had them already; what was changed is counted in `columns`."
     changes, out = renamed(tuple(value), format), {}
@@ -226,7 +236,7 @@ def rename_fields(value: dict, format: str, line: int, columns: dict) -> tuple[d
     out["messages"] = [{inner.get(k, k) if inner.get(k) not in m else k: v for k, v in m.items()} if isinstance(m, dict) else m for m in turns]
     return out, False
 
-# %% ../nbs/06a_task_data.ipynb #ea31adde
+# %% ../nbs/06a_task_data.ipynb #4b2bc9eb
 def not_a_row(raw: Raw, format: str, faults: Faults) -> bool:
     "Note what keeps a value from being a row of the format at all."
     line, value = raw
@@ -239,6 +249,7 @@ def not_a_row(raw: Raw, format: str, faults: Faults) -> bool:
     else: return False
     return True
 
+# %% ../nbs/06a_task_data.ipynb #6dd233b3
 def check_rows(
     raws: list[Raw],    # as they stand in the file
     format: str,        # of FORMATS
@@ -258,7 +269,7 @@ def check_rows(
         faults.add(header or line, show_name(name), found, target or f"only {', '.join(FORMATS[format].model_fields)}", f"rename it to {target}" if target else "remove it", certain, 1 if header else n)
     return checked
 
-# %% ../nbs/06a_task_data.ipynb #70bf5dd3
+# %% ../nbs/06a_task_data.ipynb #3b8d8bff
 def class_key(label: str) -> str:
     "A label without the differences that nobody means."
     return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
@@ -278,6 +289,7 @@ def check_labels(checked: list[Checked], faults: Faults):
             faults.add(where[0].line, "label", f"{show(label)}, once", f"{show(near[0])}, which stands there {counts[near[0]]:,} times", f"write {show(near[0])}, or give more rows of this class")
             where[0].good = False
 
+# %% ../nbs/06a_task_data.ipynb #aca1ce8c
 def check_ids(checked: list[Checked], faults: Faults):
     "No id twice."
     first = {}
@@ -288,7 +300,7 @@ def check_ids(checked: list[Checked], faults: Faults):
             c.good = False
         first.setdefault(str(c.row.id), c.line)
 
-# %% ../nbs/06a_task_data.ipynb #7ce56023
+# %% ../nbs/06a_task_data.ipynb #a2fe7144
 def note_labels(rows: list[Row], lines: list[int], notes: Faults):
     "What there is to say about the classes of sound rows."
     counts = Counter(r.label for r in rows)
@@ -303,6 +315,7 @@ def note_labels(rows: list[Row], lines: list[int], notes: Faults):
         if label != r.label: twice.append((line, at, label))
     if twice: notes.add(twice[0][0], "label", f"another label than {show(twice[0][2])} for the text of line {twice[0][1]}", "one label for one text", "decide which is right", rows=len(twice))
 
+# %% ../nbs/06a_task_data.ipynb #9ca4e27c
 def note_copies(rows: list[Row], lines: list[int], notes: Faults):
     "Rows that say the same as an earlier one."
     first, copies = {}, []
@@ -311,7 +324,7 @@ def note_copies(rows: list[Row], lines: list[int], notes: Faults):
         if at != line: copies.append((line, at))
     if copies: notes.add(copies[0][0], "", f"a copy of line {copies[0][1]}", "each example once", "remove it, lest it be in training and test", rows=len(copies))
 
-# %% ../nbs/06a_task_data.ipynb #eb2a2365
+# %% ../nbs/06a_task_data.ipynb #e079b083
 @dataclass
 class TaskData:
     "Sound examples of one format."
@@ -331,6 +344,7 @@ class TaskData:
 
     def __repr__(self) -> str: return f"TaskData: {len(self):,} rows of the format {self.format}" + (f", {len(self.labels)} classes" if self.labels else "") + f", {len(self.notes)} notes"
 
+# %% ../nbs/06a_task_data.ipynb #324c8c01
 @dataclass
 class Inspection:
     "All that is known about a file: its sound rows, its faults, and its rows after certain repairs."
@@ -348,6 +362,7 @@ def class_order(label: str) -> tuple:
     "Numbers by size, then words by the alphabet."
     return (0, int(label), label) if label.isascii() and label.isdigit() and len(label) < 19 else (1, 0, label)
 
+# %% ../nbs/06a_task_data.ipynb #b9a72ec2
 def inspect(
     source: Path | str | bytes,     # a file, or its bytes
     format: str | None = None,      # of FORMATS; None: found out from the fields
@@ -373,11 +388,13 @@ def inspect(
     labels = sorted({r.label for r in rows}, key=class_order) if format == "labelled" else []
     return Inspection(TaskData(format, rows, lines, labels, list(notes)), faults, kind, delimiter, [c.raw for c in usable])
 
+# %% ../nbs/06a_task_data.ipynb #986095d8
 def corrected(source: Path | str | bytes, format: str | None = None, limits: Limits = Limits()) -> bytes | None:
     "The file with every fault mended, in its own kind; None if there is none, or one that can't be mended for certain."
     seen = inspect(source, format, limits)
     return dump_rows(seen.mended, seen.kind, seen.delimiter) if seen.faults and seen.faults.certain else None
 
+# %% ../nbs/06a_task_data.ipynb #dbad767e
 def read_task(
     source: Path | str | bytes,     # a JSON, JSON Lines or CSV file, or its bytes
     format: str | None = None,      # of FORMATS; None: found out from the fields

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLIPS', 'HINTS', 'Fault', 'Faults', 'TaskDataError', 'show', 'show_name', 'fault_table', 'Limits', 'long_line',
-           'open_name', 'open_source', 'read_bytes', 'decode', 'row_end', 'Object', 'from_python', 'Raw', 'parse_row',
-           'blame', 'read_lines', 'next_row', 'read_element', 'read_list', 'read_json', 'plain', 'delimiter_of',
+           'open_name', 'open_source', 'read_bytes', 'decode', 'row_end', 'Object', 'from_python', 'blame', 'Raw',
+           'parse_row', 'read_lines', 'next_row', 'read_element', 'read_list', 'read_json', 'plain', 'delimiter_of',
            'csv_records', 'read_csv', 'Read', 'read_rows', 'dump_rows']
 
 # %% ../nbs/06a0_task_files.ipynb #2b53d109
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from .corpora import BookError
 from .dashboards import Html, Table
 
-# %% ../nbs/06a0_task_files.ipynb #eaff4178
+# %% ../nbs/06a0_task_files.ipynb #c518a57e
 @dataclass(frozen=True)
 class Fault:
     "One thing that is wrong with a file of examples: where, what, and what to do about it."
@@ -44,7 +44,7 @@ class Fault:
         where = f"line {self.line}{f' and {self.rows - 1:,} more' if self.rows > 1 else ''}{', ' + self.field if self.field else ''}"
         return f"{where}: found {self.found}, expected {self.expected}; {self.fix}."
 
-
+# %% ../nbs/06a0_task_files.ipynb #74b94d36
 class Faults(list):
     "A list of faults that doesn't outgrow memory, and knows whether all of them, kept or not, can be mended for certain."
     KEEP = 1000
@@ -56,7 +56,7 @@ class Faults(list):
         self.total, self.certain = self.total + 1, self.certain and certain
         if len(self) < self.KEEP: self.append(Fault(line, field, found, expected, fix, certain, rows))
 
-
+# %% ../nbs/06a0_task_files.ipynb #8a45a973
 class TaskDataError(BookError):
     "A file can't be used as it is; `faults` says why, and the message is a readable report of them."
 
@@ -99,7 +99,7 @@ def fault_table(faults: Iterable[Fault]) -> Table | Html:
     rows = [{"line": f"{f.line}" + (f" and {f.rows - 1:,} more" if f.rows > 1 else ""), "field": f.field, "found": f.found, "expected": f.expected, "what to do": f.fix, "certain": "yes" if f.certain else ""} for f in faults]
     return Table(rows) if rows else Html("<p>No faults.</p>")
 
-# %% ../nbs/06a0_task_files.ipynb #17cbb8e1
+# %% ../nbs/06a0_task_files.ipynb #1e7d728a
 @dataclass(frozen=True)
 class Limits:
     "What a file may be at most; all of it is checked before anything is parsed."
@@ -108,6 +108,7 @@ class Limits:
     depth: int = 8              # brackets inside brackets
     report: int = 20            # faults that a message lists
 
+# %% ../nbs/06a0_task_files.ipynb #cf90eecf
 def long_line(stream, limit: int) -> int:
     "The number of the first line of more than `limit` bytes; 0: none. Memory: one block."
     line, length = 1, 0
@@ -120,6 +121,7 @@ def long_line(stream, limit: int) -> int:
         if length > limit: return line
     return 0
 
+# %% ../nbs/06a0_task_files.ipynb #664d637f
 def open_name(source: Path | str | bytes) -> str:
     "What a report calls a file."
     return "The file" if isinstance(source, (bytes, bytearray)) else str(source)
@@ -173,7 +175,7 @@ def row_end(
         if depth <= 0: return (token.end() if deepest else None), deepest
     return None, deepest
 
-# %% ../nbs/06a0_task_files.ipynb #9f450d72
+# %% ../nbs/06a0_task_files.ipynb #6309a53d
 class Object(dict):
     "A JSON object that remembers which fields it had twice."
     def __init__(self, pairs: list[tuple[str, Any]]):
@@ -181,6 +183,8 @@ class Object(dict):
         self.twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1] if len(pairs) > len(self) else []
 
 _PARSE, _LOOSE = json.JSONDecoder(object_pairs_hook=Object), json.JSONDecoder(object_pairs_hook=Object, strict=False)
+
+# %% ../nbs/06a0_task_files.ipynb #48c7f830
 _COMMAS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|,(\s*[}\]])', re.S)
 
 def from_python(text: str) -> dict:
@@ -196,10 +200,22 @@ SLIPS = {  # what was found: how to read it all the same, what to do
     "a line break or a tab inside a text": (_LOOSE.decode, r"write \n or \t"),
     "Python's quotes or words": (from_python, 'write double quotes, true, false and null'),
 }
+
+# %% ../nbs/06a0_task_files.ipynb #6a6936c0
 HINTS = {"escape": r"write \\ for a backslash", "delimiter": r'write \" for a quote inside a text, or add the comma or colon that is missing',
          "enclosed in double quotes": "put the field's name in double quotes", "Unterminated": "close the text with a quote, or get the file again",
          "Expecting value": "write a text in double quotes, a number, true, false or null", "digits": "put the number in quotes"}
 
+def blame(text: str, line: int, at: int, said: str, faults: Faults):
+    "Note where and why the JSON parser stopped in a row."
+    named = re.findall(r'"([^"\\]{1,40})"\s*:', text[:at + 1])
+    name = show_name(named[-1]) if named else ""
+    if text[0] in "[{" and text[-1] not in "]}": return faults.add(line, name, "a row that breaks off", "a closing }", "complete the row, or get the file again")
+    fix = next((fix for word, fix in HINTS.items() if word in said), "compare the row with a sound one")
+    if any(q in text for q in "“”„"): fix = 'write plain quotes " in place of typographic ones'
+    faults.add(line, name, f"{show(text[at:at + 20])} at column {at + 1} of the row, where JSON can't go on", "sound JSON", fix)
+
+# %% ../nbs/06a0_task_files.ipynb #54c47b22
 class Raw(NamedTuple):
     "A row as it stands in the file."
     line: int   # where it begins
@@ -218,15 +234,6 @@ def parse_row(text: str, line: int, deep: int, found: list[Raw], faults: Faults,
     digits = max(re.finditer(r"\d+", text), key=lambda m: len(m[0]), default=None)       # Python refuses numbers of more than some thousand
     blame(text, line, getattr(error, "pos", digits.start() if digits else 0), getattr(error, "msg", "digits"), faults)
 
-def blame(text: str, line: int, at: int, said: str, faults: Faults):
-    "Note where and why the JSON parser stopped in a row."
-    named = re.findall(r'"([^"\\]{1,40})"\s*:', text[:at + 1])
-    name = show_name(named[-1]) if named else ""
-    if text[0] in "[{" and text[-1] not in "]}": return faults.add(line, name, "a row that breaks off", "a closing }", "complete the row, or get the file again")
-    fix = next((fix for word, fix in HINTS.items() if word in said), "compare the row with a sound one")
-    if any(q in text for q in "“”„"): fix = 'write plain quotes " in place of typographic ones'
-    faults.add(line, name, f"{show(text[at:at + 20])} at column {at + 1} of the row, where JSON can't go on", "sound JSON", fix)
-
 # %% ../nbs/06a0_task_files.ipynb #4c774d5a
 def read_lines(text: str, faults: Faults, limits: Limits) -> list[Raw]:
     "The rows of a JSON Lines file."
@@ -243,15 +250,17 @@ def read_lines(text: str, faults: Faults, limits: Limits) -> list[Raw]:
             parse_row(row, number, deep, found, faults, limits)
     return found
 
-# %% ../nbs/06a0_task_files.ipynb #e33f33a1
+# %% ../nbs/06a0_task_files.ipynb #017013fc
 _GAP, _OPENS = re.compile(r"[\s,]*"), re.compile(r'\{\s*"([^"\\\n]{1,60})"\s*:')
-_SCALAR = re.compile(r'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|[^,\]\n]+')
 
 def next_row(text: str, pos: int) -> int:
     "Where an object opens with the same first field as the one at `pos`; the text's end if none does."
     first = _OPENS.match(text, pos)
     again = first and re.compile(r'\{\s*"' + re.escape(first[1]) + r'"\s*:').search(text, first.end())
     return again.start() if again else len(text)
+
+# %% ../nbs/06a0_task_files.ipynb #c9362921
+_SCALAR = re.compile(r'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|[^,\]\n]+')
 
 def read_element(text: str, pos: int, line: int, found: list[Raw], faults: Faults, limits: Limits) -> int:
     "Read one row of a list, and return where it ends."
@@ -263,6 +272,7 @@ def read_element(text: str, pos: int, line: int, found: list[Raw], faults: Fault
     parse_row(row.rstrip(), line, deep, found, faults, limits)
     return end
 
+# %% ../nbs/06a0_task_files.ipynb #89e8678a
 def read_list(
     text: str,              # JSON
     start: int,             # behind the list's bracket
@@ -312,9 +322,7 @@ def read_json(
         return "json", read_list(text, start, faults, limits, bracket=False)
     return "jsonl", read_lines(text, faults, limits)
 
-# %% ../nbs/06a0_task_files.ipynb #1eb5d92e
-_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-
+# %% ../nbs/06a0_task_files.ipynb #04782e40
 def plain(name: str) -> str:
     "A field's name without the differences that don't matter."
     return name.strip().casefold()
@@ -326,6 +334,9 @@ def delimiter_of(header: str, known: Iterable[str]) -> str:
         except csv.Error: return 0, 0
         return sum(plain(n) in known for n in names), len(names)
     return max(",;\t|", key=score)
+
+# %% ../nbs/06a0_task_files.ipynb #80b0b224
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 def csv_records(lines: list[str], start: int, delimiter: str, faults: Faults):
     "Each record with the line it begins on; after a fault, go on with the next line."
@@ -342,6 +353,7 @@ def csv_records(lines: list[str], start: int, delimiter: str, faults: Faults):
         else: faults.add(at + 1, "", "a quote that isn't closed", "sound CSV", "close it, or get the file again")
         start = start + reader.line_num if inside else at + 1
 
+# %% ../nbs/06a0_task_files.ipynb #5b8ab456
 def read_csv(
     text: str,              # not only of spaces
     known: Iterable[str],   # names that the first line may hold, at least one of them
@@ -364,7 +376,7 @@ def read_csv(
         else: faults.add(line, "", f"{len(record)} fields", f"{len(names)}, as in the first line", f"put a text that holds “{show_name(delimiter)}” into double quotes" if len(record) > len(names) else "add what is missing, or remove the row")
     return delimiter, found
 
-# %% ../nbs/06a0_task_files.ipynb #8bd35eac
+# %% ../nbs/06a0_task_files.ipynb #f4a19484
 class Read(NamedTuple):
     "What a file holds, before anybody asks what it means."
     kind: str           # json, jsonl or csv
@@ -386,6 +398,7 @@ def read_rows(
     kind, found = read_json(text, known, faults, limits)
     return Read(kind, ",", found, first)
 
+# %% ../nbs/06a0_task_files.ipynb #ec810642
 def dump_rows(rows: Iterable[dict], kind: str, delimiter: str = ",") -> bytes:
     "Rows as the bytes of a json, jsonl or csv file."
     rows = list(rows)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_run', 'held_out_windows', 'token_bytes', 'Evaluated', 'plain', 'differing', 'described', 'environment',
-           'read_log', 'interruptible', 'Described', 'Resumable', 'Kept', 'Watched', 'Recovering', 'Trainer',
-           'plot_history']
+           'read_log', 'interruptible', 'Described', 'Resumable', 'only_writer', 'move_aside', 'write_whole', 'Kept',
+           'Watched', 'Recovering', 'Trainer', 'plot_history']
 
-# %% ../nbs/03c_training.ipynb #04122842
+# %% ../nbs/03c_training.ipynb #31a25511
 import json
 import math
 import os
@@ -15,7 +15,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -276,21 +276,56 @@ class Resumable(Described):
         self.resumable = self.moment()
         if self.step: self.say(f"resumed after step {self.step} of {self.config.steps}")
 
-# %% ../nbs/03c_training.ipynb #0db2419d
+# %% ../nbs/03c_training.ipynb #0885c562
+@contextmanager
+def only_writer(
+    folder: Path,  # is made if there is none
+) -> Iterator[None]:
+    "Nobody else writes to the folder meanwhile; the system frees the lock of a process that dies."
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout: raise BookError(f"Another process is training in {folder}: wait for it, or choose another run_dir.") from None
+    except OSError as e: raise BookError(f"The run can't be kept in {folder} ({e.strerror or e}): choose another folder.") from None
+    try: yield
+    finally: lock.release()
+
+
+def move_aside(
+    folder: Path,  # of a run
+) -> Path | None:  # where it is now; None: there was nothing
+    "Move an earlier run's files into `before-1`, `before-2`, …: nothing is lost."
+    found = [p for name in ("config.json", "log.jsonl", "checkpoints", "best", "model") if (p := folder / name).exists()]
+    if not found: return None
+    aside = folder / f"before-{1 + len(list(folder.glob('before-*')))}"
+    aside.mkdir()
+    for p in found: os.replace(p, aside / p.name)
+    return aside
+
+
+def write_whole(
+    folder: Path,  # is replaced
+    fill: Callable[[Path], None],  # writes the files into a folder
+):
+    "Write a trained model's folder whole or not at all: under another name first, so that a full disk can't leave half a model. BookError if it can't be written."
+    tmp = folder.with_name(f".{folder.name}")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        fill(tmp)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise BookError(f"The trained model can't be written to {folder} ({getattr(e, 'strerror', None) or e}): its checkpoint is safe; make room and call fit() again.") from None
+
+# %% ../nbs/03c_training.ipynb #01b73ee9
 class Kept(Resumable):
     "A run that lives in a folder: everything that it takes to go on after a crash."
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        "Nobody else writes to the folder meanwhile; the system frees the lock of a process that dies."
-        lock = FileLock(self.run_dir / ".lock", timeout=0)
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout: raise BookError(f"Another process is training in {self.run_dir}: wait for it, or choose another run_dir.") from None
-        except OSError as e: raise BookError(f"The run can't be kept in {self.run_dir} ({e.strerror or e}): choose another folder.") from None
-        try: yield
-        finally: lock.release()
+    def locked(self):
+        "Nobody else writes to the folder meanwhile."
+        return only_writer(self.run_dir)
 
     def prepare(self, resume: bool):
         "Bring the run to the state of its newest checkpoint, or to its beginning."
@@ -323,13 +358,8 @@ class Kept(Resumable):
         self.log = None
 
     def put_aside(self):
-        "Move an earlier run's files into `before-1`, `before-2`, …: nothing is lost."
-        found = [p for name in ("config.json", "log.jsonl", "checkpoints", "best", "model") if (p := self.run_dir / name).exists()]
-        if not found: return
-        aside = self.run_dir / f"before-{1 + len(list(self.run_dir.glob('before-*')))}"
-        aside.mkdir()
-        for p in found: os.replace(p, aside / p.name)
-        self.say(f"the run that was here is now in {aside}")
+        "Move an earlier run's files aside, and say where they are."
+        if aside := move_aside(self.run_dir): self.say(f"the run that was here is now in {aside}")
 
     def saved_model(self) -> nn.Module:
         "What `write_model` writes."
@@ -337,16 +367,10 @@ class Kept(Resumable):
 
     def write_model(self, folder: Path):
         "A model's folder, whole or not at all. BookError if it can't be written."
-        tmp = folder.with_name(f".{folder.name}")
-        try:
-            shutil.rmtree(tmp, ignore_errors=True)
+        def fill(tmp: Path):
             self.saved_model().save_pretrained(tmp)
             if self.tokenizer is not None: getattr(self.tokenizer, "to_tokenizer_json", self.tokenizer.save)(tmp / "tokenizer.json")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(tmp, folder)
-        except (OSError, SafetensorError) as e:
-            shutil.rmtree(tmp, ignore_errors=True)
-            raise BookError(f"The trained model can't be written to {folder} ({getattr(e, 'strerror', None) or e}): its checkpoint is safe; make room and call fit() again.") from None
+        write_whole(folder, fill)
 
 # %% ../nbs/03c_training.ipynb #7a46335c
 class Watched(Kept):
