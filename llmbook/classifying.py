@@ -136,7 +136,7 @@ def fresh_body(body: nn.Module, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return GPT(body.config) if isinstance(body, GPT) else Bert(body.config, pooler=False)
 
-# %% ../nbs/06b_classifying.ipynb #7cd78a4e
+# %% ../nbs/06b_classifying.ipynb #baed6f2f
 def padded(
     rows: Sequence[Sequence[int]],  # B lists of different lengths
     fill: int = 0,                  # what stands behind the shorter ones
@@ -166,6 +166,19 @@ class Rows(Objective):
         return int(self.lengths.sum())
 
     def __repr__(self) -> str: return f"{type(self).__name__}({len(self.ids):,} examples, {len(self):,} tokens, the longest {self.lengths.max()})"
+
+    def sampler(self, batch_size: int, seed: int = 0) -> "RowSampler":
+        "What draws the batches of a run: rows of similar length, or any where these can share a row."
+        return RowSampler(self.lengths, batch_size, seed, self.stretch)
+
+    def in_turn(self, size: int) -> list[np.ndarray]:
+        "Numbers of all rows, short ones first, so many at a time."
+        order = np.argsort(self.lengths, kind="stable")
+        return np.split(order, range(size, len(order), size))
+
+    def judged(self, batch_size: int) -> list[np.ndarray]:
+        "Numbers of the rows in each batch of an evaluation, of a run with so many rows a step; without gradients there is room for twice as many."
+        return self.in_turn(2 * batch_size)
 
     def measure(self, answers) -> dict[str, float]:
         "Metrics of pairs (scores, targets), `loss` among them."
@@ -238,7 +251,7 @@ class LabelledRows(Rows):
         table = confusion_matrix(targets, scores.argmax(-1), scores.shape[-1])
         return {"loss": F.cross_entropy(scores.float(), targets).item(), "accuracy": (table.diagonal().sum() / table.sum()).item(), "macro_f1": class_scores(table, "macro").f1.item()}
 
-# %% ../nbs/06b_classifying.ipynb #b35240c8
+# %% ../nbs/06b_classifying.ipynb #7a9d790f
 class RowTrainer(Trainer):
     "The Trainer on rows; all held-out rows are judged at each evaluation."
 
@@ -257,9 +270,9 @@ class RowTrainer(Trainer):
         if groups: self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.seen = 0   # tokens of this step's batches, filling left out
 
-    def make_sampler(self, train) -> RowSampler:
-        "Rows of similar length, or any where these can share a row."
-        return RowSampler(train.lengths, self.config.batch_size, self.config.seed, train.stretch)
+    def make_sampler(self, train: Rows) -> RowSampler:
+        "The rows' own."
+        return train.sampler(self.config.batch_size, self.config.seed)
 
     def inputs(self, picked, generator=None) -> dict[str, torch.Tensor]:
         "The arguments of `model.loss` for rows of the training set."
@@ -268,8 +281,7 @@ class RowTrainer(Trainer):
 
     def held_out(self):
         "All held-out rows, short ones first."
-        order, B = np.argsort(self.valid.lengths, kind="stable"), 2 * self.config.batch_size
-        for picked in np.split(order, range(B, len(order), B)): yield {name: t.to(self.device) for name, t in self.valid.batch(picked).items()}
+        for picked in self.valid.judged(self.config.batch_size): yield {name: t.to(self.device) for name, t in self.valid.batch(picked).items()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -291,7 +303,7 @@ class RowTrainer(Trainer):
             row |= {"tokens": before + self.seen, "tokens_per_s": round(row["tokens_per_s"] * self.seen / self.config.tokens_per_step, 1)}
         super().record(row)
 
-# %% ../nbs/06b_classifying.ipynb #82c961a5
+# %% ../nbs/06b_classifying.ipynb #fcd77e2d
 def rows_config(
     train: Rows,            # to learn from
     valid: Rows,            # to choose by
@@ -315,9 +327,9 @@ def predict(
 ) -> torch.Tensor:          # (N, K) probabilities, in the order of the rows
     "What a classifier says about each text."
     was, device = model.training, next(model.parameters()).device
-    order, out = np.argsort(rows.lengths, kind="stable"), torch.empty(len(rows.ids), len(model.labels))
+    out = torch.empty(len(rows.ids), len(model.labels))
     model.eval()
-    for picked in np.split(order, range(batch, len(order), batch)):
+    for picked in rows.in_turn(batch):
         inputs = rows.batch(picked)
         out[torch.from_numpy(picked)] = model(inputs["ids"].to(device), inputs["mask"].to(device)).float().softmax(-1).cpu()
     model.train(was)
@@ -390,7 +402,7 @@ def compared(
                      f"{against} is better by": "" if name == against else interval_text(*gain)})
     return rows
 
-# %% ../nbs/06b_classifying.ipynb #caebc5de
+# %% ../nbs/06b_classifying.ipynb #2a059000
 @torch.no_grad()
 def layer_vectors(
     model: Classifier,      # with any head
@@ -403,7 +415,7 @@ def layer_vectors(
     hooks = [blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))]
     hooks += [block.register_forward_hook(lambda block, args, result: seen.append(result)) for block in blocks]
     try:
-        for picked in np.split(order := np.argsort(rows.lengths, kind="stable"), range(batch, len(order), batch)):
+        for picked in rows.in_turn(batch):
             inputs = rows.batch(picked)
             model.eval().vectors(inputs["ids"], inputs["mask"])
             for i, hidden in enumerate(seen): out[i, torch.from_numpy(picked)] = pool(hidden, inputs["mask"], "mean")

@@ -111,7 +111,7 @@ class AnswerTrainer(RowTrainer):
         loss = answer_loss(model)
         self.loss_of = torch.compile(loss) if self.config.compile else loss
 
-# %% ../nbs/06c_finetuning.ipynb #fd0570ab
+# %% ../nbs/06c_finetuning.ipynb #5b419b04
 @dataclass(frozen=True)
 class Method:
     "A way of changing a pretrained model."
@@ -121,6 +121,7 @@ class Method:
     prepare: Callable               # (model, **options) → what is trained: has loss, scored, config and save_pretrained
     load: Callable[[Path, str], nn.Module]  # (folder that save_pretrained wrote, base's name) → a model that answers
     packs: bool = True              # several rows can share one
+    frozen_head: bool = False       # the loss asks a head that doesn't move, a slice of its logits at a time
 
 
 METHODS: dict[str, Method] = {}
@@ -301,7 +302,7 @@ def card(plan: Plan, trainer: RowTrainer) -> str:
                       "| " + " | ".join(["step", *names]) + " |", "|" + " --: |" * (len(names) + 1), *map(line, seen), "", f"Plan: `{json.dumps(asdict(plan), default=str)}`", "",
                       "It was judged on rows like those it learned from, and on nothing else.", ""])
 
-# %% ../nbs/06c_finetuning.ipynb #717d1136
+# %% ../nbs/06c_finetuning.ipynb #fe43e017
 @torch.no_grad()
 def answer_nats(
     model: nn.Module,       # a decoder
@@ -311,7 +312,7 @@ def answer_nats(
     "What each example's answer costs."
     out, was, device = torch.zeros(len(rows.ids), 3, dtype=torch.float64), model.training, next(model.parameters()).device
     model.eval()
-    for picked in np.split(order := np.argsort(rows.lengths, kind="stable"), range(batch, len(order), batch)):
+    for picked in rows.in_turn(batch):
         inputs = rows.batch(picked)
         logits, targets = (t.float().cpu() if t.is_floating_point() else t.cpu() for t in model.scored(**{k: t.to(device) for k, t in inputs.items()}))
         row = (inputs["targets"] != IGNORE).nonzero()[:, 0]     # which example each asked place belongs to

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPTConfig', 'MLP', 'make_norm', 'Block', 'filter_logits', 'Decoder', 'later_kind', 'GPT', 'attention_maps']
 
-# %% ../nbs/02b_gpt.ipynb #1f04b732
+# %% ../nbs/02b_gpt.ipynb #7e31e471
 import importlib
 import json
 import math
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import KVCache, MultiHeadAttention, attention, causal_mask, document_mask, places_in, rotary_tables
 from .corpora import BookError
-from .pretrained import load_exactly, locate, read_model, write_folder
+from .pretrained import hand_back, load_exactly, locate, read_model, write_folder
 from .products import Linear, linear
 from .tokenization import Tokenizer
 
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
         else: total = sum(checkpoint(part, a, b, use_reentrant=False) for a, b in zip(x.split(rows), targets.split(rows)))
         return total / (targets != -100).sum()
 
-# %% ../nbs/02b_gpt.ipynb #23e280f0
+# %% ../nbs/02b_gpt.ipynb #5e3e2028
 _LATER = {"llmbook-gpt-4bit": ("llmbook.qlora", "QuantizedGPT")}   # kinds of files that a later chapter reads
 
 def later_kind(name: str | Path) -> type | None:
@@ -265,6 +265,8 @@ class GPT(Decoder):
         try: config = GPTConfig(**shape)
         except TypeError as e: raise BookError(f"The config.json of {name} doesn't describe a decoder ({str(e).removeprefix('GPTConfig.__init__() ')}): get the file again.") from None
         load_exactly(model := cls.empty(config), weights, str(name))
+        del weights     # and the file's reader with them
+        hand_back()
         model.name = str(name)
         return model.to(dtype).eval()
 

@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'TrainConfig', 'LossScale', 'find_device', 'Callback', 'Gradients', 'recomputed', 'recompute_layers',
            'Guarded', 'Loop', 'precision_seconds']
 
-# %% ../nbs/03c0_loop.ipynb #7e9995dc
+# %% ../nbs/03c0_loop.ipynb #06167f8e
 import math
 import time
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from .corpora import BookError, TokenStream, WindowSampler
 from .objectives import NextWord, Objective, tokens_predicted
 from .muon import OPTIMIZERS, make_optimizer
 from .optimizers import schedule
+from .pretrained import hand_back
 
 # %% ../nbs/03c0_loop.ipynb #7a3e4557
 CHOICES = {"precision": ("auto", "fp32", "bf16", "fp16"), "on_fault": ("skip", "rollback", "stop"), "optimizer": tuple(OPTIMIZERS)}
@@ -260,22 +261,24 @@ class Loop(Guarded):
         "Keep a line of the log."
         self.history.append(row)
 
-# %% ../nbs/03c0_loop.ipynb #08fb13ef
+# %% ../nbs/03c0_loop.ipynb #db0ec5b7
 def precision_seconds(
     loop: Loop,  # its weights, data position and random numbers stay as they are
     repeats: int = 2,  # timed runs of each, after one that isn't
 ) -> dict[str, float]:  # precision -> seconds of the quickest
-    "Time a real forward and backward pass in fp32 and in bf16 autocast, in turn."
+    "Time a real forward and backward pass in fp32 and in bf16 autocast, in turn; each begins without what the other left in memory."
     best, before, position = dict(fp32=math.inf, bf16=math.inf), loop.precision, loop.sampler.state_dict()
     with torch.random.fork_rng():
         inputs = loop.inputs(loop.sampler.next())
         for i in range(repeats + 1):
             for loop.precision in best:
+                hand_back()
                 start = time.perf_counter()
                 loop.batch_loss(inputs).backward()
                 if loop.device.type == "cuda": torch.cuda.synchronize()
                 if i: best[loop.precision] = min(best[loop.precision], time.perf_counter() - start)
     loop.optimizer.zero_grad(set_to_none=True)
+    hand_back()
     loop.sampler.load_state_dict(position)
     loop.precision = before
     return best

@@ -355,7 +355,7 @@ class LoRAModel(Saved):
         self.configs[name] = config
         self.use(name)
 
-# %% ../nbs/07_lora.ipynb #45706102
+# %% ../nbs/07_lora.ipynb #66b24aba
 def prepare_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, targets: str | Sequence[str] = "all-linear", dropout: float = 0.0, rank_stabilized: bool = False) -> LoRAModel:
     "A pretrained model with one fresh adapter; the arguments are those of `LoRAConfig`."
     return LoRAModel(model, LoRAConfig(rank, alpha, targets, dropout, rank_stabilized))
@@ -377,7 +377,7 @@ def load_lora(folder: Path, base: str) -> LoRAModel:
     return model.eval()
 
 
-LORA = register(Method("lora", "low-rank updates beside frozen matrices", 5e-4, prepare_lora, load_lora))
+LORA = register(Method("lora", "low-rank updates beside frozen matrices", 5e-4, prepare_lora, load_lora, frozen_head=True))
 
 # %% ../nbs/07_lora.ipynb #ae34579d
 def merge_adapter(

@@ -219,7 +219,7 @@ def activations(base: GPT, vectors: torch.Tensor) -> torch.Tensor:
     "The keys and values that (P, C) leave in the layers of a base, as a prefix (P, 2·L·H_kv·D)."
     return pack(PromptTuning(base, vectors).front())
 
-# %% ../nbs/09a_prompt_prefix_tuning.ipynb #4d0ca6b9
+# %% ../nbs/09a_prompt_prefix_tuning.ipynb #19a543ff
 def load_virtual(
     folder: Path,   # with an adapter of peft's format
     base: GPT,      # the model that it was made for; gets frozen
@@ -260,8 +260,8 @@ def prefix_model(
     return ProjectedPrefix(base, tokens, hidden)
 
 
-PROMPT = register(Method("prompt", "a few learned vectors before the text; nothing else moves", 0.1, prompt_model, lambda folder, base: load_virtual(folder, GPT.from_pretrained(base), "PROMPT_TUNING"), packs=False))
-PREFIX = register(Method("prefix", "learned keys and values in front of every layer; nothing else moves", 0.1, prefix_model, lambda folder, base: load_virtual(folder, GPT.from_pretrained(base), "PREFIX_TUNING"), packs=False))
+PROMPT = register(Method("prompt", "a few learned vectors before the text; nothing else moves", 0.1, prompt_model, lambda folder, base: load_virtual(folder, GPT.from_pretrained(base), "PROMPT_TUNING"), packs=False, frozen_head=True))
+PREFIX = register(Method("prefix", "learned keys and values in front of every layer; nothing else moves", 0.1, prefix_model, lambda folder, base: load_virtual(folder, GPT.from_pretrained(base), "PREFIX_TUNING"), packs=False, frozen_head=True))
 
 # %% ../nbs/09a_prompt_prefix_tuning.ipynb #3e80e260
 def side_by_side(

@@ -185,7 +185,7 @@ def weights_text(model: nn.Module, before: int) -> str:
     inside = parts["4-bit codes"] + parts["scales"]
     return f"{before / 1e6:.1f} MB became {(sum(parts.values()) - parts['buffers']) / 1e6:.1f} MB, {n:,} weights of them at {8 * inside / n:.2f} bits each"
 
-# %% ../nbs/08c_qlora.ipynb #52d94492
+# %% ../nbs/08c_qlora.ipynb #e95ab42b
 class QLoRAModel(LoRAModel):
     "Adapters over a base in four bits."
 
@@ -234,7 +234,7 @@ def load_qlora(folder: Path, base: str) -> QLoRAModel:
     return model.eval()
 
 
-QLORA = register(Method("qlora", "low-rank updates beside matrices in four bits", 5e-4, prepare_qlora, load_qlora))
+QLORA = register(Method("qlora", "low-rank updates beside matrices in four bits", 5e-4, prepare_qlora, load_qlora, frozen_head=True))
 
 # %% ../nbs/08c_qlora.ipynb #6d0f8cdf
 def merged_whole(

@@ -3,6 +3,7 @@ import json
 import math
 import resource
 import signal
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -17,6 +18,7 @@ from shared import SHAPES, T, V
 from llmbook.attention import MultiHeadAttention, attention
 from llmbook.corpora import BookError
 from llmbook.gpt import GPT, GPTConfig
+from llmbook.pretrained import Stored, hand_back, load_exactly, read_folder, stored_model, take_exactly
 
 some = settings(max_examples=40, deadline=None)
 
@@ -253,6 +255,36 @@ def test_a_damaged_index_is_one_sentence(saved, index):
 def test_an_index_names_a_missing_part(saved):
     (saved / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2.safetensors"}}')
     refused(lambda: GPT.from_pretrained(saved), "part-2.safetensors")
+
+
+def test_stored_tensors_are_those_of_the_files(saved):
+    (config, weights), (again, stored) = read_folder(saved), stored_model(saved)
+    assert config == again and stored.keys() == weights.keys()
+    for name, t in stored.items(): assert t.shape == tuple(weights[name].shape) and t.kind == "F64" and torch.equal(t.read(), weights[name]) and torch.equal(t.rows(2), weights[name][:2])
+    (saved / "model.safetensors").write_bytes(b"torn")
+    refused(lambda: stored_model(saved), "model.safetensors")
+    refused(stored["norm.weight"].read, "model.safetensors")
+
+
+def test_stored_tensors_are_read_one_at_a_time_and_none_if_one_misfits(model):
+    alive, read = [], []
+    def stored(name, w):
+        def rows():
+            assert not any(there() is not None for there in alive), "the tensor before is still in memory"
+            read.append(name), alive.append(weakref.ref(copy := w.clone()))
+            return copy
+        return Stored("F32", tuple(w.shape), rows)
+    weights = {name: stored(name, w.detach()) for name, w in model.named_parameters()}
+    load_exactly(empty := GPT.empty(SHAPE).double(), weights)
+    assert read == list(weights) and all(torch.equal(a, b) for a, b in zip(empty.parameters(), model.parameters()))
+    read.clear()
+    refused(lambda: take_exactly({"norm.weight": torch.nn.Parameter(torch.ones(16))}, {"norm.weight": weights["norm.weight"], "surplus": weights["norm.weight"]}), "too many", "surplus")
+    assert not read
+
+
+def test_handing_back_is_for_all_systems(monkeypatch):
+    hand_back()
+    for elsewhere in ("darwin", "win32"): monkeypatch.setattr("sys.platform", elsewhere), hand_back()
 
 
 def test_shapes_that_make_no_sense_are_one_sentence():
