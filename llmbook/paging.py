@@ -87,7 +87,7 @@ def in_pages(nbytes: int) -> int:
     "Bytes of the whole pages that so many bytes take."
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
-# %% ../nbs/08b_paging.ipynb #13bc1c35
+# %% ../nbs/08b_paging.ipynb #2ef86ae5
 class SlicedAdamW(torch.optim.AdamW):
     "AdamW that moves a slice of a parameter at a time; the same numbers as torch's fused one."
     SLICE = 1 << 22  # numbers moved at once
@@ -95,11 +95,8 @@ class SlicedAdamW(torch.optim.AdamW):
     def __init__(
         self,
         params,  # tensors on the CPU, or groups of them
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ): super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        **settings,  # as for torch's: lr, betas, eps, weight_decay
+    ): super().__init__(params, **settings, fused=True)
 
     def memory(self, p: nn.Parameter) -> dict[str, torch.Tensor]:
         "What Adam knows of a parameter: its steps, and two means."
@@ -127,7 +124,7 @@ class SlicedAdamW(torch.optim.AdamW):
 
     def count(self, nbytes: int): "Called when so many bytes of the means were touched; a subclass may make use of it."
 
-# %% ../nbs/08b_paging.ipynb #90b50302
+# %% ../nbs/08b_paging.ipynb #2ad64403
 class PagedAdamW(SlicedAdamW):
     "AdamW whose running means are in a file that the system may move out of memory (after Dettmers et al. 2023, section 3); the same numbers as torch's fused one."
 
@@ -142,7 +139,7 @@ class PagedAdamW(SlicedAdamW):
         resident: int | None = None,  # bytes of it that stay in the process at most, to a slice; None: as the system likes
     ):
         self.folder, self.most, self.touched, self.own, self.used, self.files = folder, resident, 0, {}, set(), []
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def add_param_group(self, group: dict):
         "Add a group and reserve the pages of its means; BookError if a parameter can't have them, or the disk is full."
