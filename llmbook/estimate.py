@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BARE', 'ROWS', 'shape_of', 'plain', 'prepared', 'smaller', 'tensors_mb', 'clocks', 'taken', 'quickest', 'measure',
-           'line', 'bare_process', 'opened', 'kinds_of', 'Base', 'known', 'base_of', 'written', 'words_written',
-           'batch_tokens', 'held_batches', 'pass_seconds', 'Estimate', 'room', 'rows_of', 'tried', 'Run', 'known_run',
+           'line', 'bare_process', 'kinds_of', 'Base', 'known', 'base_of', 'written', 'words_written', 'widths',
+           'batch_tokens', 'pass_seconds', 'Estimate', 'Small', 'small_models', 'rows_of', 'tried', 'Run', 'known_run',
            'estimate', 'whole_mb', 'memory_parts', 'time_parts', 'spoken']
 
-# %% ../nbs/10b_estimate.ipynb #c7aa4f8f
+# %% ../nbs/10b_estimate.ipynb #1b0b762d
 import itertools
 import json
 import math
@@ -23,31 +23,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .bert import Bert, bert_shape
 from .checkpointing import model_tensors, save_checkpoint
-from .classifying import Classifier, RowSampler, read_kind, rows_config
-from .corpora import BookError
+from .classifying import Classifier, Rows, rows_config
+from .corpora import BookError, documents
 from .finetuning import Plan, answer_loss, dealt, method_named, task_rows
 from .gpt import GPT, GPTConfig
 from .lora import FrozenHead
 from .loop import TrainConfig, recompute_layers
 from .objectives import IGNORE
 from .muon import make_optimizer
-from .pretrained import _gguf_config, _gguf_reader, locate, model_shape, pretrained_tokenizer, translate, weight_files, write_folder
+from .pretrained import Stored, as_decoder, locate, pretrained_tokenizer, stored_model, weight_files, write_folder
 from .sizing import kept_bytes
 from .task_data import TaskData
 
-# %% ../nbs/10b_estimate.ipynb #bb360cf1
+# %% ../nbs/10b_estimate.ipynb #0791ba50
 def shape_of(
-    base: str,      # of a plan
-):                  # GPTConfig or BertConfig
+    base: str,                  # of a plan
+    config: dict | None = None, # its configuration, if that was read already
+):                              # GPTConfig or BertConfig
     "A base's shape, from its configuration alone."
-    path = locate(base)
-    if path.is_dir() and read_kind(path) == "bert": return bert_shape(json.loads((path / "config.json").read_text()))
-    return GPTConfig(**model_shape(base))
+    if config is None: config, _ = stored_model(base)
+    return bert_shape(config) if config.get("model_type") == "bert" else GPTConfig(**as_decoder(locate(base), config, {})[0])
 
 
 def plain(plan: Plan, shape, labels: list[str], blocks: int) -> nn.Module:
@@ -156,30 +155,15 @@ def bare_process(threads: int = 1) -> dict[str, float]:  # peak_mb, before_mb (b
     if done.returncode: raise BookError(f"A process for runs can't be started here ({(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}): try `llmbook finetune` in a terminal.")
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - began}
 
-# %% ../nbs/10b_estimate.ipynb #996230db
+# %% ../nbs/10b_estimate.ipynb #5c2307d5
 ROWS = 1 << 20      # values of a tensor that are unpacked on trial
 
 
-def opened(path: Path):
-    "A file of safetensors. BookError if it can't be read."
-    try: return safe_open(path, "pt")
-    except (OSError, SafetensorError) as e: raise BookError(f"{path} is missing or damaged ({str(e).splitlines()[0]}): get the file again.") from None
-
-
-def kinds_of(base: Path, reader=None) -> list[tuple[int, Callable]]:
-    "Of each kind of numbers in a base's files: how many values there are, and a function that unpacks some of them."
+def kinds_of(stored: dict[str, Stored]) -> list[tuple[int, Stored]]:
+    "Of each kind of numbers in a base's files: how many values there are, and the largest tensor of the kind."
     found = {}
-    if reader is not None:
-        from gguf.quants import dequantize
-        for t in reader.tensors: found.setdefault(t.tensor_type, []).append((int(t.n_elements), t))
-        first = {kind: max(ts, key=lambda x: x[0])[1] for kind, ts in found.items()}
-        return [(sum(n for n, _ in ts), lambda kind=kind: np.require(dequantize(first[kind].data[:max(1, ROWS // int(first[kind].shape[0]))], kind), requirements="W")) for kind, ts in found.items()]
-    for name in weight_files(base):
-        with opened(base / name) as file:
-            for key in file.keys(): found.setdefault(file.get_slice(key).get_dtype(), []).append((math.prod(file.get_slice(key).get_shape()), base / name, key))
-    def some(path: Path, key: str):
-        with opened(path) as file: part = file.get_slice(key); return part[:max(1, ROWS // math.prod(part.get_shape()[1:]))]
-    return [(sum(n for n, *_ in ts), lambda where=max(ts)[1:]: some(*where)) for ts in found.values()]
+    for t in stored.values(): found.setdefault(t.kind, []).append((math.prod(t.shape), t))
+    return [(sum(n for n, _ in ts), max(ts, key=lambda x: x[0])[1]) for ts in found.values()]
 
 
 @dataclass(frozen=True)
@@ -194,14 +178,16 @@ class Base:
 @lru_cache(4)
 def known(base: str, path: Path, changed: tuple) -> Base:
     "A base's shape and tokenizer, and what loading takes here: the reading is timed, the unpacking is tried."
-    began, reader = clocks(), _gguf_reader(path) if path.suffix == ".gguf" else None
-    shape = GPTConfig(**translate(_gguf_config(reader), {})[0]) if reader is not None else shape_of(base)
-    tokenizer = pretrained_tokenizer(base)
-    seconds, values = clocks() - began, 0
-    for n, unpack in kinds_of(path, reader):
-        some, values = torch.as_tensor(unpack()), values + n
-        seconds = seconds + quickest(lambda: torch.empty(some.shape).copy_(torch.as_tensor(unpack()))) * n / some.numel()
-    return Base(shape, tokenizer, seconds, values * 4 / 1e6 if reader is not None else sum((path / f).stat().st_size for f in weight_files(path)) / 1e6)
+    began = clocks()
+    config, stored = stored_model(base)
+    shape, tokenizer = shape_of(base, config), pretrained_tokenizer(base)
+    seconds = clocks() - began
+    for n, t in kinds_of(stored):
+        some = t.rows(rows := max(1, ROWS // math.prod(t.shape[1:])))
+        seconds = seconds + quickest(lambda: torch.empty(some.shape).copy_(t.rows(rows))) * n / some.numel()
+    packed = path.is_file()     # whose tensors are unpacked one after another; those of a folder are pages of its files
+    files = [path] if packed else [path / f for f in weight_files(path)]
+    return Base(shape, tokenizer, seconds, (sum(f.stat().st_size for f in files) + packed * 4 * max(math.prod(t.shape) for t in stored.values())) / 1e6)
 
 
 def base_of(plan: Plan) -> Base:
@@ -223,22 +209,18 @@ def words_written(tokenizer) -> np.ndarray:  # seconds (processor, wall)
     "What a tokenizer takes to be written beside a model."
     with tempfile.TemporaryDirectory() as tmp: return quickest(lambda: getattr(tokenizer, "to_tokenizer_json", tokenizer.save)(Path(tmp) / "tokenizer.json"))
 
-# %% ../nbs/10b_estimate.ipynb #4c575425
-def batch_tokens(rows, batch_size: int, seed: int, steps: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    "Tokens of each batch of a run, filling included, and two of its batches: the median one and the largest."
-    sampler = RowSampler(rows.lengths, batch_size, seed, rows.stretch)
+# %% ../nbs/10b_estimate.ipynb #abd033dd
+def widths(rows: Rows, picked: list[np.ndarray]) -> np.ndarray:
+    "Tokens of batches, filling included."
+    return np.array([rows.batch(p)["ids"].numel() for p in picked])
+
+
+def batch_tokens(rows: Rows, batch_size: int, seed: int, steps: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    "Tokens of each batch of a run, filling included, and two of its batches: one of a usual width, and the widest."
+    sampler = rows.sampler(batch_size, seed)
     picked = [sampler.next() for _ in range(min(steps, 4 * len(sampler.batches)))]
-    tokens = np.array([rows.batch(p)["ids"].numel() for p in picked])
-    order = np.argsort(tokens, kind="stable")
+    order = np.argsort(tokens := widths(rows, picked), kind="stable")
     return np.resize(tokens, steps), [picked[order[len(order) // 4]], picked[order[-1]]]
-
-
-def held_batches(rows, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    "Tokens of each batch of an evaluation, filling included, and the largest batch."
-    order = np.argsort(rows.lengths, kind="stable")
-    picked = np.split(order, range(2 * batch_size, len(order), 2 * batch_size))
-    tokens = np.array([len(p) * rows.lengths[p].max() for p in picked])
-    return tokens, picked[int(tokens.argmax())]
 
 
 def pass_seconds(found: dict, sizes: tuple[int, int], tokens: np.ndarray) -> np.ndarray:
@@ -263,33 +245,44 @@ class Estimate:
 
     def __str__(self) -> str: return f"{self.trainable:,} of {self.parameters:,} parameters move; about {self.memory_mb:,.0f} MB and {self.seconds / 60:.1f} minutes for {self.steps:,} steps in {self.precision}"
 
-# %% ../nbs/10b_estimate.ipynb #72958f9e
-def room(plan: Plan, shape) -> int:
-    "Tokens that a row may have: the context, less what a method puts in front."
-    return getattr(shape, "context", 256) - (plan.options.get("tokens", 16) if plan.method in ("prompt", "prefix") else 0)
+# %% ../nbs/10b_estimate.ipynb #aebcbdc7
+@dataclass
+class Small:
+    "A model of few blocks, as the plan trains it."
+    blocks: int
+    model: nn.Module
+    added: int              # numbers that move and that the base doesn't have
+    prepared: np.ndarray    # seconds (processor, wall) that the method took
 
 
-def rows_of(plan: Plan, data: TaskData, valid: TaskData | None, base: Base) -> tuple:
-    "The rows to learn from and those held out, as the run reads them."
-    context = room(plan, base.shape)
+def small_models(plan: Plan, shape, labels: list[str], recompute: bool) -> list[Small]:
+    "Models of one and of a few blocks."
+    found = []
+    for n in (1, min(4, shape.n_layer)):
+        body = plain(plan, shape, labels, n)
+        own, began = set(body.parameters()), clocks()
+        model, took = prepared(plan, body), clocks() - began
+        if recompute: recompute_layers(model)
+        found.append(Small(n, model, sum(p.numel() for p in model.parameters() if p.requires_grad and p not in own), took))
+    return found
+
+
+def rows_of(plan: Plan, data: TaskData, valid: TaskData | None, tokenizer, context: int) -> tuple[Rows, Rows]:
+    "The rows to learn from and those held out, as the run reads them; the context is what the method leaves of it."
     if (plan.length or 0) > context: raise BookError(f"length={plan.length} is more than the {context} tokens that {plan.base} can read: choose a smaller length.")
     task = {"format": data.format, "labels": data.labels, "length": int(plan.length or min(256, context))}
     train, held = (data, valid) if valid is not None else dealt(data, plan.share)
-    return task_rows(train, task, base.tokenizer, pack=plan.pack), task_rows(held, task, base.tokenizer)
+    old, share = (np.zeros(max(1 << 16, 2 * context), dtype=np.int64), plan.rehearsed) if plan.rehearse and documents(plan.rehearse) and not data.labels else (None, 0.0)   # how much of it is read, not what it says
+    return task_rows(train, task, tokenizer, old, share, plan.pack), task_rows(held, task, tokenizer)
 
 
-def tried(plan: Plan, shape, labels: list[str], batches: list[dict], held: dict, prompt: list[int], config: TrainConfig) -> tuple[str, dict[str, dict]]:
-    "The precision that the run will choose, and what was measured in each that it tries, for the whole model."
-    at, models = (1, min(4, shape.n_layer)), []
-    for n in at:
-        body, began = plain(plan, shape, labels, n), clocks()
-        models.append((prepared(plan, body), clocks() - began))
-        if config.recompute: recompute_layers(models[-1][0])
+def tried(small: list[Small], blocks: int, batches: list[dict], held: dict, prompt: list[int], config: TrainConfig) -> tuple[str, dict[str, dict]]:
+    "The precision that the run will choose, and what was measured in each that it tries, for a model of so many blocks."
     kinds = ("fp32", "bf16") if config.precision == "auto" else (config.precision,)
     found = {}
     for kind in kinds:
-        with torch.random.fork_rng(): few, more = ({**measure(m, batches, held, prompt, kind, config), "prepared": took} for m, took in models)
-        found[kind] = {**line(few, more, at, shape.n_layer), "new shape": np.minimum(few["new shape"], more["new shape"])}    # blocks share what is compiled
+        with torch.random.fork_rng(): few, more = ({**measure(s.model, batches, held, prompt, kind, config), "prepared": s.prepared, "added": s.added} for s in small)
+        found[kind] = {**line(few, more, tuple(s.blocks for s in small), blocks), "new shape": np.minimum(few["new shape"], more["new shape"])}    # blocks share what is compiled
     return ("bf16" if len(kinds) == 2 and found["bf16"]["wide"][0] < 0.9 * found["fp32"]["wide"][0] else kinds[0]), found
 
 
@@ -314,16 +307,18 @@ class Run:
 def known_run(plan: Plan, data: TaskData, valid: TaskData | None, samples: int, settings: dict) -> Run:
     "Read what is to be read, and try what is to be tried."
     base = base_of(plan)
-    train, held = rows_of(plan, data, valid, base)
+    small = small_models(plan, base.shape, data.labels, settings.get("recompute", False))
+    context = small[0].model.config.context
+    train, held = rows_of(plan, data, valid, base.tokenizer, context)
     config = rows_config(train, held, plan.epochs, plan.batch_size, **{**dict(precision=plan.precision, seed=plan.seed), **settings})
     tokens, picked = batch_tokens(train, config.batch_size, config.seed, config.steps * config.accumulate)
-    judged, widest = held_batches(held, config.batch_size)
+    judged = widths(held, together := held.judged(config.batch_size))
     batches, labelled = [train.batch(p) for p in picked], bool(data.labels)
-    prompt = [] if labelled or not samples else held.ids[0][:max(1, room(plan, base.shape) // 2)]
-    precision, found = tried(plan, base.shape, data.labels, batches, held.batch(widest), prompt, config)
+    prompt = [] if labelled or not samples else held.ids[0][:max(1, context // 2)]
+    precision, found = tried(small, base.shape.n_layer, batches, held.batch(together[int(judged.argmax())]), prompt, config)
     return Run(plan, base, config, held, labelled, tokens, [b["ids"].numel() for b in batches], judged, 0 if labelled else int((batches[-1]["targets"] != IGNORE).sum()), samples, precision, found, whole_mb(plan, base.shape, data.labels))
 
-# %% ../nbs/10b_estimate.ipynb #5fb948eb
+# %% ../nbs/10b_estimate.ipynb #c6b2b6f5
 def estimate(
     plan: Plan,                     # what to do
     data: TaskData,                 # rows to learn from
@@ -332,10 +327,10 @@ def estimate(
     **settings,                     # of `TrainConfig`, as the run gets them
 ) -> Estimate:
     "Memory and time of a run, from two small models of its width on its own batches. BookError for a plan that can't be carried out."
-    run = known_run(plan, data, valid, samples, settings)
+    with torch.random.fork_rng(): run = known_run(plan, data, valid, samples, settings)
     one, parts, times = run.found[run.precision], memory_parts(run), time_parts(run)
     total = sum(times.values())
-    return Estimate(round(run.whole * 1e6 / 4) + (int(one["trainable"]) if plan.method != "full" else 0), int(one["trainable"]), run.config.steps, run.precision, sum(parts.values()), float(total[1]), float(total[0]), parts, {k: float(v[0]) for k, v in times.items()})
+    return Estimate(round(run.whole * 1e6 / 4) + int(one["added"]), int(one["trainable"]), run.config.steps, run.precision, sum(parts.values()), float(total[1]), float(total[0]), parts, {k: float(v[0]) for k, v in times.items()})
 
 
 def whole_mb(plan: Plan, shape, labels: list[str]) -> float:
@@ -350,7 +345,7 @@ def memory_parts(run: Run) -> dict[str, float]:
     judged = 0 if run.labelled else sum(t != IGNORE for targets in run.held.targets for t in targets)     # whose logits an evaluation holds
     bare = bare_process(torch.get_num_threads())
     parts = {"python and torch": bare["peak_mb"], "weights": float(one["weights"]), "gradients": float(one["gradients"]), "optimizer": float(one["optimizer"]), "activations": max(float(f["activations"]) for f in run.found.values()),
-             "logits": 3 * row * (run.asked if run.plan.method == "full" else min(FrozenHead.ROWS, run.asked)), "held-out logits": judged * row * (0.5 if run.precision == "bf16" else 1)}
+             "logits": 3 * row * (min(FrozenHead.ROWS, run.asked) if method_named(run.plan.method).frozen_head else run.asked), "held-out logits": judged * row * (0.5 if run.precision == "bf16" else 1)}
     return {**parts, "more while loading": max(0.0, bare["before_mb"] + run.whole + run.base.beside - sum(parts.values()))}
 
 

@@ -3,7 +3,6 @@ import math
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +12,10 @@ from shared import ANIMALS, LABELS, small_base
 from llmbook import estimate as module
 from llmbook.cli import main
 from llmbook.corpora import BookError
-from llmbook.estimate import base_of, batch_tokens, clocks, estimate, held_batches, kinds_of, line, memory_parts, pass_seconds, shape_of, smaller, taken, tensors_mb, written
+from llmbook.estimate import base_of, batch_tokens, clocks, estimate, kinds_of, known_run, line, memory_parts, pass_seconds, shape_of, smaller, taken, tensors_mb, widths, written
 from llmbook.finetuning import Plan, fine_tuner, put_together
 from llmbook.jobs import measured, process_settings
-from llmbook.pretrained import _gguf_reader, locate, model_shape
+from llmbook.pretrained import model_shape, stored_model
 from llmbook.task_data import write_task
 
 
@@ -64,23 +63,42 @@ def test_the_run_s_own_batches(base, tmp_path):
 
 def test_the_run_s_own_evaluations(base, tmp_path):
     trainer = fine_tuner(Plan(base, "full", batch_size=2, precision="fp32", share=0.4), ANIMALS, tmp_path / "run", progress=False)
-    tokens, widest = held_batches(trainer.valid, 2)
     read = [inputs["ids"].numel() for inputs in trainer.held_out()]
-    assert tokens.tolist() == read and trainer.valid.batch(widest)["ids"].numel() == max(read)
+    assert len(read) > 1 and widths(trainer.valid, trainer.valid.judged(2)).tolist() == read
+
+
+def test_old_text_takes_its_places(base, tmp_path):
+    plan = Plan(base, epochs=2, precision="fp32", share=0.25, rehearse="synthetic", rehearsed=0.7)
+    trainer = fine_tuner(plan, ANIMALS, tmp_path / "run", progress=False)
+    read = [trainer.inputs(trainer.sampler.next())["ids"].numel() for _ in range(trainer.config.steps)]
+    assert known_run(plan, ANIMALS, None, 0, {}).tokens.tolist() == read and sum(read) > known_run(replace(plan, rehearse=""), ANIMALS, None, 0, {}).tokens.sum()
+    before = torch.get_rng_state()
+    estimate(plan, ANIMALS, samples=0)
+    assert torch.equal(torch.get_rng_state(), before), "an estimate draws nothing that the caller would have drawn"
+    with pytest.raises(BookError, match="wikipedia"): estimate(replace(plan, rehearse="wikipeda"), ANIMALS)
+
+
+@pytest.mark.parametrize("tokens", ["x", None, 900, -3])
+def test_no_room_behind_a_prompt_is_told_as_the_run_tells_it(base, tokens):
+    plan, said = Plan(base, "prompt", precision="fp32", share=0.25, options={"tokens": tokens}), []
+    for doing in (estimate, put_together):
+        with pytest.raises(BookError) as e: doing(plan, ANIMALS)
+        said.append(str(e.value))
+    assert said[0] == said[1]
 
 
 def test_every_value_of_a_base_is_counted(base):
-    found = kinds_of(Path(base))
+    found = kinds_of(stored_model(base)[1])
     assert sum(n for n, _ in found) == sum(p.numel() for p in smaller(Plan(base), shape_of(base), [], 6).parameters())
-    assert all(0 < unpack().numel() <= n for n, unpack in found)
+    assert all(t.rows(1).shape == (1, *t.shape[1:]) for _, t in found)
 
 
 @pytest.mark.slow
 def test_every_value_of_a_gguf_file_is_counted():
-    path = locate("smollm2-135m-instruct")
-    found = kinds_of(path, _gguf_reader(path))
-    with torch.device("meta"): whole = smaller(Plan("smollm2-135m-instruct"), shape_of("smollm2-135m-instruct"), [], 30)
-    assert sum(n for n, _ in found) == sum(p.numel() for p in whole.parameters()) and all(0 < unpack().size <= 1 << 20 for _, unpack in found)
+    config, stored = stored_model("smollm2-135m-instruct")
+    found = kinds_of(stored)
+    with torch.device("meta"): whole = smaller(Plan("smollm2-135m-instruct"), shape_of("smollm2-135m-instruct", config), [], 30)
+    assert sum(n for n, _ in found) == sum(p.numel() for p in whole.parameters()) and all(t.rows(1).shape == (1, *t.shape[1:]) for _, t in found)
 
 
 def test_a_base_is_read_once_until_it_changes(base, tmp_path):
