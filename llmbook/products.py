@@ -57,7 +57,7 @@ def passes_by() -> bool:
     "Whether torch's products in fp32 pass by what this processor can do."
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and maker() != "GenuineIntel"
 
-# %% ../nbs/02a0_products.ipynb #616d665a
+# %% ../nbs/02a0_products.ipynb #5e6ff845
 SMALL = 1 << 23   # multiplications below which the way through Python costs more than is won
 _rule = {"direct": passes_by()}
 
@@ -75,7 +75,8 @@ def linear(
     bias: torch.Tensor | None = None,   # (D,)
 ) -> torch.Tensor:                      # (…, D)
     "`F.linear`, by the library that uses what the processor can do."
-    fitting = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    plain = {type(x), type(weight)} <= {torch.Tensor, nn.Parameter}     # not one of those that are spread over devices, for instance
+    fitting = plain and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     if _rule["direct"] and fitting and x.numel() > x.shape[-1] and x.numel() * weight.shape[0] >= SMALL: return direct_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

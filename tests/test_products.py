@@ -56,6 +56,8 @@ def test_rule_on_and_off(monkeypatch):
     linear(x, w)
     assert seen == [(64, 512)]
     linear(x[:1], w), linear(x[:8], w), linear(x.double(), w.double()), linear(x.bfloat16(), w.bfloat16())
+    class Spread(torch.Tensor): "A tensor of another library's kind."
+    linear(x, w.as_subclass(Spread)), linear(x.as_subclass(Spread), w)
     with torch.autocast("cpu", torch.bfloat16): linear(x, w)
     with as_torch(), as_torch(): linear(x, w)
     with pytest.raises(ZeroDivisionError), as_torch(): 1 / 0
