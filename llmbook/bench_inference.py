@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['nf4_quantize', 'nf4_dequantize', 'generate', 'generate_bf16']
 
-# %% ../nbs/A44_bench_inference.ipynb #59349ab2
+# %% ../nbs/A44_bench_inference.ipynb #e3622014
 import contextlib
 import io
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .bench_cases import fastest, interleaved

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'FULL', 'fewest_places', 'AnswerRows', 'answer_loss', 'Ans
            'answer_scores', 'label_scores', 'open_run', 'evaluate', 'asked_prompt', 'choice_nats', 'answers',
            'Forgetting', 'passage_questions']
 
-# %% ../nbs/06c_finetuning.ipynb #d174716e
+# %% ../nbs/06c_finetuning.ipynb #bfd5bb11
 import hashlib
 import importlib
 import json
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpointing import write_atomic
-from .classifying import Classifier, LabelledRows, RowSampler, RowTrainer, Rows, load_body, load_classifier, predict, read_kind, rows_config
+from .classifying import Classifier, LabelledRows, RowTrainer, Rows, load_body, load_classifier, predict, read_kind, rows_config
 from .corpora import BookError, documents
 from .corpora import rows as corpus_rows
 from .examples import TEMPLATES, Example, class_weights, encode_pieces, encode_task, first_fit, pack_batch, pad_batch, template_for

@@ -7,11 +7,11 @@ __all__ = ['HEADS', 'OTHERS', 'LORA', 'LoRAConfig', 'LoRALinear', 'linear_names'
            'frozen_head_loss', 'asked_loss', 'Asked', 'peft_config', 'pattern_value', 'Saved', 'read_lora', 'LoRAModel',
            'prepare_lora', 'adapter_base', 'load_lora', 'merge_adapter']
 
-# %% ../nbs/07_lora.ipynb #e16db87b
+# %% ../nbs/07_lora.ipynb #33e53871
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch

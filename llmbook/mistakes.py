@@ -6,7 +6,7 @@
 __all__ = ['ENTRIES', 'mean_pool', 'enter', 'drawn', 'only_output', 'weighed', 'hidden', 'rotary', 'top_p', 'path', 'moments',
            'decaying', 'rates', 'cosine_schedule', 'perplexity_of', 'macro_f1', 'dropout_facts', 'lora', 'nf4']
 
-# %% ../nbs/A6a_mistakes.ipynb #98ea0e4e
+# %% ../nbs/A6a_mistakes.ipynb #94258ddf
 import math
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,6 @@ from .attention import attention, causal_mask, rotary_tables, rotate
 from .bpe import merge_word, train_slow
 from .check import Entry
 from .classifying import pool
-from .corpora import BookError
 from .examples import example_of
 from .gpt import filter_logits
 from .lora import LoRAConfig, LoRALinear

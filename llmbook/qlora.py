@@ -7,21 +7,20 @@ __all__ = ['QLORA', 'MatMul4bit', 'Linear4bit', 'QuantizedGPT', 'quantized_layer
            'bytes_by_part', 'weights_text', 'QLoRAModel', 'halved', 'is_half', 'prepare_qlora', 'load_qlora',
            'merged_whole', 'training_bytes']
 
-# %% ../nbs/08c_qlora.ipynb #652b9cc7
+# %% ../nbs/08c_qlora.ipynb #439dd22d
 import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .checkpointing import write_atomic
 from .corpora import BookError
 from .finetuning import Method, register
 from .gpt import GPT, GPTConfig
-from .lora import LoRAConfig, LoRALinear, LoRAModel, adapter_base
+from .lora import LoRAConfig, LoRAModel, adapter_base
 from .pretrained import load_exactly, read_folder, write_folder
 from .products import Linear, linear
 from .quantization import NestedScales, Quantized4bit, from_stored, quantize_4bit, stored_tensors
