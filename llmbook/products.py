@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SMALL', 'direct_linear', 'maker', 'passes_by', 'as_torch', 'linear', 'Linear']
 
-# %% ../nbs/02a0_products.ipynb #33ca4ce7
+# %% ../nbs/02a0_products.ipynb #6a1f884b
 import contextlib
+import math
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
-# %% ../nbs/02a0_products.ipynb #a6d1219c
+# %% ../nbs/02a0_products.ipynb #0c6fe6c4
 def _multiply(x, weight, bias): return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 def _shape(x, weight, bias): return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -29,12 +31,15 @@ def _gradients(ctx, grad):
             direct_linear(rows.t(), x.flatten(0, -2).t()) if asked[1] else None,                     # gᵀ x
             rows.sum(0) if asked[2] else None)
 
+def _operations(x, weight, bias, **_): return 2 * math.prod(x) * weight[0]          # of the shapes
+
 if not hasattr(torch.ops.llmbook, "direct_linear"):     # torch keeps an operation once for a process
     _library = torch.library.Library("llmbook", "FRAGMENT")
     _library.define("direct_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
     _library.impl("direct_linear", _multiply, "CPU")
     torch.library.register_fake("llmbook::direct_linear", _shape, lib=_library)
     torch.library.register_autograd("llmbook::direct_linear", _gradients, setup_context=_keep, lib=_library)
+    register_flop_formula(torch.ops.llmbook.direct_linear)(_operations)
 
 def direct_linear(
     x: torch.Tensor,                    # (…, C), fp32

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmbook import products
 from llmbook.gpt import GPT, GPTConfig
@@ -44,6 +45,17 @@ def test_second_gradients():
         to_x, = torch.autograd.grad(product(x, w, None).pow(3).sum(), x, create_graph=True)
         twice.append(torch.autograd.grad(to_x.square().sum(), w)[0])
     torch.testing.assert_close(*twice, rtol=1e-4, atol=1e-3)
+
+
+@onednn
+@pytest.mark.parametrize("bias", [None, torch.ones(3)], ids=["without a bias", "with one"])
+def test_operations_are_counted(bias):
+    "torch's counter finds the same by either library: forward, and both gradients."
+    x, w, counts = torch.randn(2, 5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True), []
+    for product in (direct_linear, nn.functional.linear):
+        with FlopCounterMode(display=False) as counter: product(x, w, bias).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts == [3 * 2 * 10 * 8 * 3] * 2
 
 
 @onednn
