@@ -59,6 +59,18 @@ def test_operations_are_counted(bias):
 
 
 @onednn
+def test_keeps_what_gradients_need():
+    "A frozen matrix keeps itself and not its input, a first layer its input alone, as torch's product does."
+    for x_learns, w_learns in ((True, True), (True, False), (False, True), (False, False)):
+        x, w, kept = torch.randn(10, 8, requires_grad=x_learns), torch.randn(3, 8, requires_grad=w_learns), []
+        for product in (direct_linear, nn.functional.linear):
+            seen = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.numel()) or t, lambda t: t): product(x, w)
+            kept.append(sum(seen))
+        assert kept[0] == kept[1] == 80 * w_learns + 24 * x_learns
+
+
+@onednn
 def test_rule_on_and_off(monkeypatch):
     "With the rule on, large products in fp32 go to oneDNN on any processor, and nothing else does; an error inside `as_torch` leaves the rule as it was."
     seen = []
