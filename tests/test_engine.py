@@ -247,6 +247,20 @@ def test_a_wrong_number_of_processes_is_one_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+JOIN = "import sys, time, torch.distributed as dist\nfrom llmbook.engine import processes\ntime.sleep(float(sys.argv[1]))\nwith processes(): dist.barrier()\n"
+
+
+def test_who_starts_again_does_not_call_the_dead():
+    "One host's store serves all attempts; in the second one, rank 0 is there long before rank 1 has left its new address."
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt, late in enumerate((0, 2)):
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt), "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+        ranks = [subprocess.Popen([sys.executable, "-c", JOIN, str(late * rank)], env={**os.environ, **told, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        for rank in ranks:
+            _, err = rank.communicate(timeout=120)
+            assert rank.returncode == 0, err
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path):
     run = ["pretrain", "--run-dir", tmp_path / "run", "--steps", 60, *TINY]
